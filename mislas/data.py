@@ -1,0 +1,346 @@
+"""Long-tailed datasets that fit in memory: images as uint8 tensors, targets, class counts, groups.
+
+    data = load("cifar10-jpeg", data_root="data", imbalance=100)
+    data.train_images      # (12406, 32, 32, 3) uint8
+    data.class_counts      # (5000, 2997, 1796, ...)
+    data.groups            # {"many": [...], "medium": [...], "few": [...]}
+
+Nothing here knows of methods or runs. Files are found through an explicit ``data_root``; ``digits`` needs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .errors import DataError, MislasError, unknown
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the authors', on both CIFARs
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MANY, FEW = 100, 20  # many: more than 100 training images; few: fewer than 20; medium: between (paper, A.2)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is fixed about a dataset before any file is read."""
+
+    title: str
+    num_classes: int
+    size: int
+    mean: tuple[float, float, float] = CIFAR_MEAN
+    std: tuple[float, float, float] = CIFAR_STD
+    padding: int = 4
+    flip: bool = True
+    files: str = "tree"  # where images come from: "tree", "torchvision" or "bundled"
+
+
+SPECS: dict[str, Spec] = {
+    "digits": Spec("digits", 10, 16, (0.3053,) * 3, (0.3760,) * 3, padding=1, flip=False, files="bundled"),
+    "cifar10": Spec("CIFAR-10", 10, 32, files="torchvision"),
+    "cifar100": Spec("CIFAR-100", 100, 32, files="torchvision"),
+    "cifar10-jpeg": Spec("CIFAR-10 (JPEG)", 10, 32),
+    "cifar100-jpeg": Spec("CIFAR-100 (JPEG)", 100, 32),
+    "tinyimagenet32": Spec("Tiny-ImageNet 32x32", 200, 32, IMAGENET_MEAN, IMAGENET_STD),
+    "tinyimagenet64": Spec("Tiny-ImageNet 64x64", 200, 64, IMAGENET_MEAN, IMAGENET_STD, padding=8),
+}
+
+
+def dataset_name(name: str) -> str:
+    """The canonical name of a dataset: ``digits-lt`` and ``digits`` are one (the imbalance factor is a parameter)."""
+    short = name.lower().removesuffix("-lt") if isinstance(name, str) else name
+    if short not in SPECS:
+        unknown("dataset", name, SPECS)
+    return short
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training set, long-tailed or balanced, and its balanced test set.
+
+    Attributes:
+        name: canonical name (a key of :data:`SPECS`).
+        imbalance: the imbalance factor N_max / N_min that was asked for; 1 is balanced.
+        train_images, test_images: uint8, ``(N, H, W, 3)``.
+        train_targets, test_targets: int64, ``(N,)``, in ``0 .. num_classes - 1``.
+        class_names: names in label order.
+    """
+
+    name: str
+    imbalance: float
+    train_images: Tensor = field(repr=False)
+    train_targets: Tensor = field(repr=False)
+    test_images: Tensor = field(repr=False)
+    test_targets: Tensor = field(repr=False)
+    class_names: tuple[str, ...] = field(repr=False)
+
+    @property
+    def spec(self) -> Spec:
+        return SPECS[self.name]
+
+    @property
+    def num_classes(self) -> int:
+        return self.spec.num_classes
+
+    @cached_property
+    def class_counts(self) -> tuple[int, ...]:
+        """Training images per class, in label order."""
+        return tuple(torch.bincount(self.train_targets, minlength=self.num_classes).tolist())
+
+    @cached_property
+    def groups(self) -> dict[str, list[int]]:
+        return groups(self.class_counts)
+
+    @cached_property
+    def checksum(self) -> str:
+        """First 16 hex digits of the SHA-256 over all pixels and targets, so that a record can say what it saw."""
+        digest = hashlib.sha256()
+        for tensor in (self.train_images, self.train_targets, self.test_images, self.test_targets):
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
+        return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------- the long-tailed cut
+
+
+def long_tailed_counts(n_max: int, imbalance: float, num_classes: int) -> tuple[int, ...]:
+    """Images to keep per class: ``N_k = int(N_max * IF^(-k / (K - 1)))`` (Cao et al., 2019).
+
+    Args:
+        n_max: images of the largest class, at least 1.
+        imbalance: IF = N_max / N_min, at least 1.
+        num_classes: K, at least 2.
+
+    Raises:
+        MislasError: if IF < 1, or if the smallest class would be left with no image.
+    """
+    if not (np.isfinite(imbalance) and imbalance >= 1):
+        raise MislasError(f"imbalance factor must be a finite number >= 1 (1 is balanced), got {imbalance!r}")
+    ratio = 1 / imbalance
+    counts = tuple(int(n_max * ratio ** (k / (num_classes - 1.0))) for k in range(num_classes))
+    if min(counts) < 1:
+        raise MislasError(
+            f"imbalance factor {imbalance:g} leaves class {counts.index(min(counts))} with no image "
+            f"(the largest class has {n_max}); use an imbalance factor of at most {n_max}"
+        )
+    return counts
+
+
+def long_tailed_indices(targets: np.ndarray, imbalance: float, num_classes: int) -> np.ndarray:
+    """Which images stay. Classes are cut in label order, each shuffled by one ``RandomState(0)`` (Cao et al., 2019)."""
+    available = np.bincount(targets, minlength=num_classes)
+    if available.min() == 0:
+        raise DataError(f"class {int(available.argmin())} has no training image; every class needs at least one")
+    n_max = len(targets) // num_classes
+    counts = long_tailed_counts(n_max, imbalance, num_classes)
+    rng = np.random.RandomState(0)
+    kept = []
+    for k, count in enumerate(counts):
+        index = np.flatnonzero(targets == k)
+        rng.shuffle(index)
+        kept.append(index[:count])
+    return np.concatenate(kept)
+
+
+def groups(class_counts: tuple[int, ...] | list[int]) -> dict[str, list[int]]:
+    """Classes by training images: many > 100, medium 20..100, few < 20 (paper, A.2). A group may be empty."""
+    named: dict[str, list[int]] = {"many": [], "medium": [], "few": []}
+    for k, count in enumerate(class_counts):
+        named["many" if count > MANY else "few" if count < FEW else "medium"].append(k)
+    return named
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load(
+    name: str, data_root: str | os.PathLike | None = None, imbalance: float = 100, *, download: bool = False
+) -> Dataset:
+    """Read a dataset and cut its training set long-tailed.
+
+    Args:
+        name: a key of :data:`SPECS`; a suffix ``-lt`` is accepted.
+        data_root: folder with the files. ``cifar10``: torchvision's ``cifar-10-batches-py``. The others: an image
+            tree ``NAME/train/<class>/*`` and ``NAME/test/<class>/*``, as a folder or as ``NAME.tar[.xz|.gz]``.
+            ``digits`` needs none.
+        imbalance: IF = N_max / N_min >= 1; 1 keeps everything.
+        download: fetch CIFAR-10/100 into ``data_root`` if missing; torchvision verifies the checksum.
+
+    Raises:
+        DataError: missing or damaged files, or a class without images.
+        MislasError: unknown name, or IF < 1.
+    """
+    name = dataset_name(name)
+    spec = SPECS[name]
+    if spec.files == "bundled":
+        splits = _digits()
+    elif data_root is None:
+        raise DataError(f"dataset {name!r} needs data_root, the folder that holds its files; 'digits' needs none")
+    elif spec.files == "torchvision":
+        splits = _torchvision(name, str(data_root), download)
+    else:
+        splits = _tree(name, str(data_root))
+    (train_images, train_targets), (test_images, test_targets), class_names = splits
+    index = long_tailed_indices(train_targets, imbalance, spec.num_classes)
+    return Dataset(
+        name,
+        float(imbalance),
+        torch.from_numpy(train_images[index]),
+        torch.from_numpy(train_targets[index].astype(np.int64)),
+        torch.from_numpy(test_images),
+        torch.from_numpy(test_targets.astype(np.int64)),
+        class_names,
+    )
+
+
+Splits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], tuple[str, ...]]
+
+
+@lru_cache(maxsize=1)
+def _digits() -> Splits:
+    """scikit-learn's handwritten digits, doubled to 16x16: of every class the last 50 images are the test set."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.repeat(np.repeat(digits.images, 2, axis=1), 2, axis=2)
+    images = np.repeat(np.rint(images * (255 / 16)).astype(np.uint8)[..., None], 3, axis=3)
+    test = np.zeros(len(images), bool)
+    for k in range(10):
+        test[np.flatnonzero(digits.target == k)[-50:]] = True
+    targets = digits.target
+    return (images[~test], targets[~test]), (images[test], targets[test]), tuple("0123456789")
+
+
+@lru_cache(maxsize=2)
+def _torchvision(name: str, data_root: str, download: bool) -> Splits:
+    from torchvision import datasets
+
+    reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        train, test = (reader(data_root, train=t, download=download) for t in (True, False))
+    except Exception as error:  # torchvision raises RuntimeError, URLError, unpickling errors, ... for the same thing
+        raise DataError(
+            f"cannot read {name} under {data_root} ({' '.join(str(error).split())}); put torchvision's files there, "
+            f"pass --download, or use the image tree as '{name}-jpeg'"
+        ) from error
+    return (train.data, np.array(train.targets)), (test.data, np.array(test.targets)), tuple(train.classes)
+
+
+@lru_cache(maxsize=2)
+def _tree(name: str, data_root: str) -> Splits:
+    """An image tree, decoded once and kept as plain arrays in the cache folder."""
+    source, members, identity = _find_tree(name, Path(data_root))
+    cached = _cache_dir() / f"{name}-{identity}.npz"
+    arrays = None
+    if cached.exists():
+        try:
+            with np.load(cached) as stored:
+                arrays = {key: stored[key] for key in stored.files}
+        except Exception:  # a cache cut short is only a cache: decode again
+            arrays = None
+    if arrays is None:
+        arrays = _decode_tree(name, source, members)
+        try:
+            write_atomically(cached, lambda handle: np.savez(handle, **arrays))
+        except OSError as error:
+            warnings.warn(f"decoded images could not be cached at {cached} ({error}); set MISLAS_CACHE", stacklevel=2)
+    return (
+        (arrays["train_images"], arrays["train_targets"]),
+        (arrays["test_images"], arrays["test_targets"]),
+        tuple(arrays["class_names"].tolist()),
+    )
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("MISLAS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mislas"
+    return Path(base)
+
+
+def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple[str, bytes]]], str]:
+    """The tree's place, a function that iterates over (member name, bytes), and an identity for the cache."""
+    for folder in (root / name, root):
+        if (folder / "train").is_dir() and (folder / "test").is_dir():
+            files = sorted(p for split in ("train", "test") for p in (folder / split).glob("*/*") if p.is_file())
+            listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+
+            def from_folder() -> Iterator[tuple[str, bytes]]:
+                for path in files:
+                    yield path.relative_to(folder).as_posix(), path.read_bytes()
+
+            return folder, from_folder, hashlib.sha256(listing.encode()).hexdigest()[:16]
+    archives = [root / f"{name}{suffix}" for suffix in (".tar.xz", ".tar.gz", ".tar")]
+    archive = next((path for path in archives if path.is_file()), None)
+    if archive is None:
+        raise DataError(
+            f"no images for {name!r} under {root}: expected {name}/train/<class>/* and {name}/test/<class>/*, "
+            f"or one of {', '.join(p.name for p in archives)}"
+        )
+
+    def from_archive() -> Iterator[tuple[str, bytes]]:  # members are read in memory; nothing is extracted to disk
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile():
+                    yield member.name.removeprefix("./"), tar.extractfile(member).read()
+
+    with archive.open("rb") as handle:
+        return archive, from_archive, hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def _decode_tree(name: str, source: Path, members: Callable[[], Iterator[tuple[str, bytes]]]) -> dict[str, np.ndarray]:
+    size = SPECS[name].size
+    found: dict[str, list[tuple[str, str, np.ndarray]]] = {"train": [], "test": []}
+    member = None
+    try:
+        for member, content in tqdm(members(), desc=f"decode {source.name}", unit=" images", leave=False):
+            parts = member.split("/")
+            if len(parts) != 3 or parts[0] not in found:
+                continue
+            pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            if pixels.shape != (size, size, 3):
+                raise DataError(f"{source}: {member} is {pixels.shape[1]}x{pixels.shape[0]} pixels, not {size}x{size}")
+            found[parts[0]].append((parts[1], parts[2], pixels))
+    except DataError:
+        raise
+    except Exception as error:  # lzma, tarfile, zlib and Pillow each have their own
+        raise DataError(
+            f"{source} is damaged near {member or 'its beginning'} ({error}); fetch the file again"
+        ) from error
+    names = sorted({label for label, _, _ in found["train"]})
+    if len(names) != SPECS[name].num_classes:
+        raise DataError(f"{source} has {len(names)} classes under train/; {name!r} has {SPECS[name].num_classes}")
+    label_of = {label: k for k, label in enumerate(names)}
+    arrays: dict[str, np.ndarray] = {"class_names": np.array(names)}
+    for split, images in found.items():
+        stray = {label for label, _, _ in images} ^ set(names)
+        if stray:
+            raise DataError(f"{source}: class {min(stray)!r} has no image in train/ or in {split}/")
+        images.sort(key=lambda item: item[:2])
+        arrays[f"{split}_images"] = np.stack([pixels for _, _, pixels in images])
+        arrays[f"{split}_targets"] = np.array([label_of[label] for label, _, _ in images], np.int64)
+    return arrays
+
+
+def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
+    """Call ``write`` on a temporary file beside ``path``, flush it to disk, then rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as handle:
+            write(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

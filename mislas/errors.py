@@ -1,0 +1,28 @@
+"""Errors that a user can act on, each in one line: what was wrong, what is allowed, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+
+class MislasError(ValueError):
+    """Bad input. The message is one line and says what is allowed."""
+
+
+class DataError(MislasError):
+    """A data file is missing, damaged, or not what its name promises."""
+
+
+class RecordError(MislasError):
+    """A stored record, weights file or checkpoint is cut short or contradicts what is asked of it."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
+    """Raise :class:`MislasError` for an unknown name, the known names listed with the nearest first."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    rest = [n for n in known if n not in near]
+    raise MislasError(f"unknown {kind} {name!r}{hint} Known: {', '.join(near + rest)}")

@@ -1,0 +1,159 @@
+"""From predictions to numbers: accuracy by group, calibration, and what a reliability diagram shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .augment import Images
+from .errors import MislasError
+
+BINS = 15  # the paper's, everywhere
+
+
+@torch.no_grad()
+def predict(network: nn.Module, heads: Sequence[nn.Module], images: Images, batch_size: int = 500) -> list[Tensor]:
+    """Logits of every head on plain images, one pass through the backbone, float32: ``(N, K)`` per head, on the CPU."""
+    network.eval()
+    outputs: list[list[Tensor]] = [[] for _ in heads]
+    for start in range(0, len(images), batch_size):
+        features = network(images.plain(start, min(start + batch_size, len(images))))
+        for output, head in zip(outputs, heads, strict=True):
+            output.append(head(features))
+    return [torch.cat(output).float().cpu() for output in outputs]
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Predictions sorted into bins of confidence. Each array has one entry per bin.
+
+    Attributes:
+        edges: bin limits, ``(n_bins + 1,)``; a bin holds ``edges[i] < confidence <= edges[i + 1]``.
+        count: predictions in the bin.
+        accuracy: share of them that is right, 0..1; NaN where the bin is empty.
+        confidence: their mean confidence, 0..1; NaN where the bin is empty.
+    """
+
+    edges: np.ndarray
+    count: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def gap(self) -> np.ndarray:
+        """``|accuracy - confidence|``, 0 where the bin is empty."""
+        return np.nan_to_num(np.abs(self.accuracy - self.confidence))
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error, 0..1: the mean gap, bins weighted by their count (Guo et al., 2017)."""
+        return float((self.gap * self.count).sum() / self.count.sum())
+
+    @property
+    def mce(self) -> float:
+        """Maximum calibration error, 0..1: the largest gap of a non-empty bin."""
+        return float(self.gap.max())
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, n_bins: int = BINS, adaptive: bool = False) -> Bins:
+    """Sort predictions into bins of confidence: the data of a reliability diagram.
+
+    Args:
+        confidence: probability of the predicted class, 0..1, ``(N,)``.
+        correct: whether the prediction is right, ``(N,)``.
+        n_bins: number of bins, at least 1.
+        adaptive: bins of equal count (their limits are quantiles) in place of equal width.
+
+    Raises:
+        MislasError: empty or mismatched input, or a confidence outside 0..1.
+    """
+    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
+        raise MislasError(
+            f"confidence and correct must be equally long, not empty, one-dimensional; "
+            f"got shapes {confidence.shape} and {correct.shape}"
+        )
+    if not (confidence.min() >= 0 and confidence.max() <= 1 + 1e-6):  # NaN fails too
+        raise MislasError(f"confidences must lie in 0..1, got {confidence.min():.4g} .. {confidence.max():.4g}")
+    if n_bins < 1:
+        raise MislasError(f"n_bins must be at least 1, got {n_bins}")
+    if adaptive:
+        edges = np.quantile(confidence, np.linspace(0, 1, n_bins + 1))
+    else:
+        edges = np.linspace(0, 1, n_bins + 1)
+    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, n_bins - 1)
+    count = np.bincount(which, minlength=n_bins)
+    with np.errstate(invalid="ignore"):
+        accuracy = np.bincount(which, correct, n_bins) / count
+        mean_confidence = np.bincount(which, confidence, n_bins) / count
+    return Bins(edges, count, accuracy, mean_confidence)
+
+
+def classwise_ece(probabilities: np.ndarray, targets: np.ndarray, n_bins: int = BINS) -> float:
+    """Mean over classes of the ECE of "is it class k?", 0..1 (Kull et al., 2019; Nixon et al., 2019)."""
+    classes = range(probabilities.shape[1])
+    return float(np.mean([reliability(probabilities[:, k], targets == k, n_bins).ece for k in classes]))
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What is kept of a run's test predictions: enough for every diagram, small enough for git. Each ``(N,)``."""
+
+    target: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    true_probability: np.ndarray
+
+    @property
+    def correct(self) -> np.ndarray:
+        return self.predicted == self.target
+
+    def reliability(self, n_bins: int = BINS) -> Bins:
+        return reliability(self.confidence, self.correct, n_bins)
+
+
+def summarise(
+    logits: Tensor, targets: Tensor, groups: dict[str, list[int]]
+) -> tuple[dict[str, float | None], Predictions]:
+    """All measures of a run, and its predictions.
+
+    Args:
+        logits: float ``(N, K)``.
+        targets: int64 ``(N,)``.
+        groups: classes of "many", "medium", "few"; an empty group's measures are None.
+
+    Returns:
+        Measures by name: ``accuracy`` and ``ece`` and the same with ``_many``, ``_medium``, ``_few``;
+        ``adaptive_ece``, ``classwise_ece``, ``mce``, ``nll`` (nats), ``brier`` (0..2), ``confidence`` (mean).
+        Accuracies, ECEs and the like are fractions in 0..1.
+    """
+    if logits.ndim != 2 or len(logits) != len(targets):
+        raise MislasError(f"logits must be (N, K) with N targets, got {tuple(logits.shape)} and {tuple(targets.shape)}")
+    log_p = F.log_softmax(logits.double(), dim=1)
+    p = log_p.exp().numpy()
+    y = targets.numpy()
+    own = p[np.arange(len(y)), y]
+    predictions = Predictions(y, p.argmax(axis=1), p.max(axis=1), own)
+    correct, confidence = predictions.correct, predictions.confidence
+    bins = predictions.reliability()
+    measures: dict[str, float | None] = {
+        "accuracy": float(correct.mean()),
+        "confidence": float(confidence.mean()),
+        "ece": bins.ece,
+        "mce": bins.mce,
+        "adaptive_ece": reliability(confidence, correct, adaptive=True).ece,
+        "classwise_ece": classwise_ece(p, y),
+        "nll": float(F.nll_loss(log_p, targets)),
+        "brier": float(((p**2).sum(axis=1) - 2 * own + 1).mean()),
+    }
+    for name, classes in groups.items():
+        inside = np.isin(y, classes)
+        some = bool(inside.any())
+        measures[f"accuracy_{name}"] = float(correct[inside].mean()) if some else None
+        measures[f"ece_{name}"] = reliability(confidence[inside], correct[inside]).ece if some else None
+    return measures, predictions

@@ -1,0 +1,304 @@
+"""The store of what was measured, and the one way to fill it: ``run(configs, data_root, store)``.
+
+A finished run is a JSON record (configuration, measures, history, provenance), an ``.npz`` (test predictions, class
+weight norms, batch-norm statistics) and, for Stage-1, ``.safetensors`` weights; all are named by the run's identity.
+A run that is under way is a ``.ckpt`` beside them. A record is written last, so what has a record is complete.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from . import __version__
+from .augment import Images
+from .config import RunConfig
+from .data import Dataset, load, write_atomically
+from .errors import MislasError, RecordError
+from .evaluate import Predictions, predict, summarise
+from .models import GeneralisedClassifier, backbone
+from .train import Options, Trained, train_stage1, train_stage2
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run.
+
+    Attributes:
+        config: what was run.
+        metrics: see :func:`mislas.evaluate.summarise`; of the last epoch.
+        history: per epoch: lr, train_loss, and test accuracy where it was measured.
+        provenance: commit, date, device, versions, wall time, data name and checksum.
+        path: the JSON file.
+    """
+
+    config: RunConfig
+    metrics: dict[str, float | None]
+    history: list[dict[str, float]]
+    provenance: dict[str, Any]
+    path: Path
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays stored with the run."""
+        path = self.path.with_suffix(".npz")
+        try:
+            with np.load(path) as stored:
+                return {key: stored[key] for key in stored.files}
+        except Exception as error:
+            raise RecordError(f"{path} cannot be read ({type(error).__name__}); restore it or run again") from error
+
+    def predictions(self) -> Predictions:
+        """Test predictions; probabilities are stored as 16-bit fixed point (steps of 1 / 65535)."""
+        a = self.arrays()
+        return Predictions(
+            a["target"].astype(np.int64),
+            a["predicted"].astype(np.int64),
+            a["confidence"] / 65535,
+            a["true_probability"] / 65535,
+        )
+
+
+class Store:
+    """Finished runs under a folder, looked up by identity. Files are only ever added."""
+
+    def __init__(self, root: str | os.PathLike = "results"):
+        self.root = Path(root)
+
+    def _path(self, config: RunConfig, suffix: str) -> Path:
+        folder = f"{config.dataset}-if{config.imbalance:g}"
+        return self.root / folder / f"{config.method.replace('+', '-')}-s{config.seed}-{config.id}{suffix}"
+
+    def find(self, config: RunConfig, suffix: str = ".json") -> Path:
+        """Where a run's file is, whatever name it was stored under, or where it would go."""
+        path = self._path(config, suffix)
+        return next(iter(path.parent.glob(f"*-{config.id}{suffix}")), path)
+
+    def get(self, config: RunConfig) -> Record | None:
+        """The record of a run, or None if it has not been measured."""
+        path = self.find(config)
+        return _read(path) if path.exists() else None
+
+    def __iter__(self) -> Iterator[Record]:
+        for path in sorted(self.root.glob("*/*.json")):
+            yield _read(path)
+
+    def under_way(self) -> list[Path]:
+        """Checkpoints of runs that have not finished."""
+        return sorted(self.root.glob("*/*.ckpt"))
+
+    def put(
+        self, config: RunConfig, metrics: dict, history: list, arrays: dict[str, np.ndarray], provenance: dict
+    ) -> Record:
+        """Add a finished run. A run that is already there is left as it is."""
+        existing = self.get(config)
+        if existing is not None:
+            return existing
+        path = self._path(config, ".json")
+        write_atomically(path.with_suffix(".npz"), lambda handle: np.savez_compressed(handle, **arrays))
+        record = Record(config, metrics, history, provenance, path)
+        content = {
+            "schema": SCHEMA,
+            "id": config.id,
+            "config": config.to_json(),
+            "metrics": {key: None if value is None else round(value, 6) for key, value in metrics.items()},
+            "provenance": provenance,
+            "history": history,
+        }
+        text = json.dumps(content, indent=1) + "\n"
+        write_atomically(path, lambda handle: handle.write(text.encode()))
+        return record
+
+    def put_weights(self, config: RunConfig, network: nn.Module, head: nn.Module) -> None:
+        """Keep Stage-1's model: parameters in half precision (they are rounded to it), batch-norm statistics as they are."""
+        tensors = {}
+        for prefix, module in (("backbone.", network), ("classifier.", head)):
+            parameters = {name for name, _ in module.named_parameters()}
+            for name, value in module.state_dict().items():
+                value = value.detach().cpu().contiguous()
+                tensors[prefix + name] = value.half() if name in parameters else value
+        content = save_safetensors(tensors, metadata={"run": config.id})
+        write_atomically(self._path(config, ".safetensors"), lambda handle: handle.write(content))
+
+    def get_weights(self, config: RunConfig, num_classes: int) -> tuple[nn.Module, nn.Linear]:
+        """Stage-1's backbone and linear classifier, in float32."""
+        path = self.find(config, ".safetensors")
+        try:
+            tensors = {name: value.float() for name, value in load_safetensors(path.read_bytes()).items()}
+            network = backbone(config.backbone)
+            head = nn.Linear(network.num_features, num_classes)
+            for prefix, module in (("backbone.", network), ("classifier.", head)):
+                own = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+                module.load_state_dict(own)
+        except FileNotFoundError:
+            raise RecordError(f"the weights of {config.method} ({config.id}) are not in {self.root}") from None
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise RecordError(f"{path} is damaged ({type(error).__name__}); delete it and train Stage-1 again") from error
+        return network, head
+
+
+def _read(path: Path) -> Record:
+    try:
+        content = json.loads(path.read_text())
+        config = RunConfig.from_json(content["config"])
+        record = Record(config, content["metrics"], content["history"], content["provenance"], path)
+    except (MislasError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(
+            f"record {path} cannot be read ({type(error).__name__}: {error}); restore it from git, or delete it to run again"
+        ) from error
+    if content["id"] != config.id:
+        raise RecordError(f"record {path} was changed: its configuration has identity {config.id}, not {content['id']}")
+    return record
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def run(
+    configs: RunConfig | Iterable[RunConfig],
+    store: Store,
+    data_root: str | os.PathLike | None = None,
+    options: Options | None = None,
+    download: bool = False,
+) -> list[Record]:
+    """Get runs from the store, training first what is not there.
+
+    Stage-1 is trained once for all runs that share it, and Stage-2 runs that can share a pass through the backbone do.
+    A run that was killed goes on from its checkpoint.
+
+    Returns:
+        One record per configuration, in order.
+    """
+    configs = [configs] if isinstance(configs, RunConfig) else list(configs)
+    options = options or Options()
+    missing = [config for config in configs if store.get(config) is None]
+    datasets: dict[tuple[str, float], Dataset] = {}
+    for group in _groups(missing):
+        key = (group[0].dataset, group[0].imbalance)
+        if key not in datasets:
+            datasets = {key: load(*key[:1], data_root, key[1], download=download)}  # one at a time in memory
+        _run_group(group, datasets[key], store, options)
+    return [store.get(config) for config in configs]
+
+
+def _groups(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Runs that train together, by dataset; each Stage-1 before what builds on it."""
+    groups: dict[tuple, dict[str, RunConfig]] = {}
+    for config in configs:
+        for step in dict.fromkeys((config.stage1_only, config)):
+            key = (step.dataset, step.imbalance, step.stage1_only.id, step.stage2 is not None, step.shared_pass)
+            groups.setdefault(key, {}).setdefault(step.id, step)
+    return [list(group.values()) for _, group in sorted(groups.items())]
+
+
+def _run_group(group: list[RunConfig], data: Dataset, store: Store, options: Options) -> None:
+    group = [config for config in group if store.get(config) is None]
+    if not group:
+        return
+    first, device = group[0], options.torch_device()
+    test = Images(data.test_images, data.spec.mean, data.spec.std, padding=0, device=device)
+
+    def along_the_way(network: nn.Module, head: nn.Module) -> dict[str, float]:
+        (logits,) = predict(network, [head], test)
+        return {"test_accuracy": round(float((logits.argmax(1) == data.test_targets).double().mean()), 4)}
+
+    checkpoint = store._path(first, ".ckpt")
+    if first.stage2 is None:
+        trained = train_stage1(first, data, options, checkpoint, along_the_way)
+        store.put_weights(first, trained.backbone, trained.heads[0])
+    else:
+        stage1 = store.get_weights(first.stage1_only, data.num_classes)
+        trained = train_stage2(group, stage1, data, options, checkpoint, along_the_way)
+    finish(group, trained, data, test, store, options)
+    checkpoint.unlink(missing_ok=True)
+
+
+def finish(
+    group: list[RunConfig], trained: Trained, data: Dataset, test: Images, store: Store, options: Options
+) -> None:
+    """Evaluate trained runs at their last epoch and store them."""
+    statistics = batch_norm_statistics(trained.backbone)
+    source = provenance(data, options, trained.seconds)
+    outputs = predict(trained.backbone, trained.heads, test)
+    for config, head, logits, history in zip(group, trained.heads, outputs, trained.histories, strict=True):
+        metrics, predictions = summarise(logits, data.test_targets, data.groups)
+        history[-1]["test_accuracy"] = round(metrics["accuracy"], 4)
+        weight = head.effective()[0] if isinstance(head, GeneralisedClassifier) else head.weight
+        small = np.uint8 if data.num_classes <= 256 else np.uint16
+        arrays = {
+            "target": predictions.target.astype(small),
+            "predicted": predictions.predicted.astype(small),
+            "confidence": np.rint(predictions.confidence * 65535).astype(np.uint16),
+            "true_probability": np.rint(predictions.true_probability * 65535).astype(np.uint16),
+            "weight_norm": weight.detach().norm(dim=1).cpu().numpy(),
+            "class_counts": np.array(data.class_counts, np.int32),
+            **statistics,
+        }
+        store.put(config, metrics, history, arrays, source)
+
+
+def batch_norm_statistics(network: nn.Module) -> dict[str, np.ndarray]:
+    """Running mean and variance of the first and the last batch-norm layer (Figure 6)."""
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    return {
+        f"bn_{place}_{name}": getattr(layer, f"running_{name}").cpu().numpy()
+        for place, layer in (("first", layers[0]), ("last", layers[-1]))
+        for name in ("mean", "var")
+    }
+
+
+def provenance(data: Dataset, options: Options, seconds: float) -> dict[str, Any]:
+    """Where, when and with what a run was made."""
+    device = options.torch_device()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "mislas": __version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "compile": options.compile,
+        "seconds": round(seconds, 1),
+        "data": data.name,
+        "data_checksum": data.checksum,
+        "class_counts": list(data.class_counts),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} (CPU, {os.cpu_count()} cores)"
+
+
+def _commit() -> str:
+    """The commit of the code that runs, with ``+changes`` if files of the library differ from it."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,48 @@
+"""Which training images an epoch shows, and in what order.
+
+A sampler takes a NumPy generator and the targets and returns one epoch of indices, as many as there are images.
+Indices are drawn on the host once per epoch, so that a seed gives the same batches on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def instance_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
+    """Every image once, in random order."""
+    return rng.permutation(len(targets))
+
+
+def class_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
+    """Independent draws: a class uniformly, then one of its images uniformly (Kang et al., 2020, q = 0)."""
+    order = np.argsort(targets, kind="stable")
+    counts = np.bincount(targets)
+    starts = np.cumsum(counts) - counts
+    classes = rng.integers(len(counts), size=len(targets))
+    within = (rng.random(len(targets)) * counts[classes]).astype(np.int64)
+    return order[starts[classes] + within]
+
+
+def class_cyclic(rng: np.random.Generator, targets: np.ndarray, per_visit: int = 4) -> np.ndarray:
+    """The authors' code: cycle through the classes in shuffled order, four images of each from its own shuffled cycle."""
+    counts = np.bincount(targets)
+    classes = len(counts)
+    visits = -(-len(targets) // (classes * per_visit))
+    images = np.empty((classes, visits * per_visit), np.int64)
+    for k in range(classes):
+        members = np.flatnonzero(targets == k)
+        rounds = -(-images.shape[1] // len(members))
+        images[k] = np.concatenate([rng.permutation(members) for _ in range(rounds)])[: images.shape[1]]
+    images = images.reshape(classes, visits, per_visit)
+    turns = [images[rng.permutation(classes), visit] for visit in range(visits)]
+    return np.concatenate(turns).reshape(-1)[: len(targets)]
+
+
+SAMPLERS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]] = {
+    "instance_balanced": instance_balanced,
+    "class_balanced": class_balanced,
+    "class_cyclic": class_cyclic,
+}

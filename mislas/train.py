@@ -1,0 +1,303 @@
+"""The two stages, in one loop.
+
+Stage-1 trains the backbone with one linear classifier. Stage-2 freezes the backbone and trains any number of
+classifiers on one pass through it: features and batch statistics do not depend on the classifier, so each is trained
+exactly as it would be alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .augment import Images, mixup
+from .config import RunConfig, Stage1, Stage2
+from .data import Dataset, write_atomically
+from .errors import RecordError
+from .methods import loss_for
+from .models import GeneralisedClassifier, backbone, init_kaiming
+from .samplers import SAMPLERS
+
+
+@dataclass
+class Options:
+    """How to train, as opposed to what: nothing here decides a number (up to the rounding of the device).
+
+    Attributes:
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes a GPU if there is one.
+        compile: fuse the backbone with ``torch.compile`` (needs a C++ compiler; pays on long runs).
+        eval_every: epochs between evaluations on the test set along the way; the last epoch is always evaluated.
+        checkpoint_every: seconds between checkpoints.
+        progress: whether to show a progress bar.
+    """
+
+    device: str | None = None
+    compile: bool = False
+    eval_every: int = 10
+    checkpoint_every: float = 30.0
+    progress: bool = True
+
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@dataclass
+class Trained:
+    """What training leaves: the backbone, one classifier per run, and the history of each run."""
+
+    backbone: nn.Module
+    heads: list[nn.Module]
+    histories: list[list[dict[str, float]]]
+    seconds: float
+
+
+# ------------------------------------------------------------------------------------------------------- randomness
+
+
+def host_rng(*parts: Any) -> np.random.Generator:
+    """A NumPy generator for a purpose, e.g. ``host_rng(seed, "stage1", epoch)``: the same on every device."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def torch_rng(*parts: Any) -> torch.Generator:
+    """A CPU generator for a purpose; initial weights are drawn on the CPU, so that devices agree."""
+    return torch.Generator().manual_seed(int(host_rng(*parts).integers(2**62)))
+
+
+def draw_batches(
+    rng: np.random.Generator, targets: np.ndarray, stage: Stage1 | Stage2, padding: int, flip: bool, device: torch.device
+) -> Iterator[tuple[tuple[Tensor, ...], float, Tensor | None]]:
+    """One epoch: for each batch ((index, top, left, flip), lambda, partner), drawn on the host and moved in one go."""
+    index = SAMPLERS[stage.sampler](rng, targets)
+    n = len(index)
+    top, left = rng.integers(2 * padding + 1, size=(2, n))
+    mirrored = rng.integers(2, size=n).astype(bool) if flip else np.zeros(n, bool)
+    steps = math.ceil(n / stage.batch_size)
+    lams = rng.beta(stage.mixup, stage.mixup, size=steps) if stage.mixup else np.ones(steps)
+    epoch = [torch.from_numpy(part).to(device) for part in (index, top, left, mirrored)]
+    for lam, *batch in zip(lams, *(part.split(stage.batch_size) for part in epoch), strict=True):
+        partner = torch.from_numpy(rng.permutation(len(batch[0]))).to(device) if stage.mixup else None
+        yield tuple(batch), float(lam), partner
+
+
+def learning_rate_factor(stage: Stage1 | Stage2, epoch: int) -> float:
+    """The factor on the learning rate in an epoch (from 0)."""
+    warmup = getattr(stage, "warmup", 0)
+    if epoch < warmup:
+        return (epoch + 1) / warmup
+    done = epoch / stage.epochs
+    if stage.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 0.01 if done >= 0.9 else 0.1 if done >= 0.8 else 1.0
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def train_stage1(
+    config: RunConfig, data: Dataset, options: Options, checkpoint: Path | None = None, evaluate: Callable | None = None
+) -> Trained:
+    """Train backbone and linear classifier; resumes from ``checkpoint`` if it is there.
+
+    The final weights are rounded to half precision, as they are stored: the model that is evaluated and built upon is
+    the one in the file.
+    """
+    stage, device = config.stage1, options.torch_device()
+    network = backbone(config.backbone)
+    head = nn.Linear(network.num_features, data.num_classes)
+    generator = torch_rng(config.seed, "init")
+    init_kaiming(network, generator)
+    init_kaiming(head, generator)
+    network.to(device, memory_format=torch.channels_last)
+    head.to(device)
+    groups = [{"params": [*network.parameters(), *head.parameters()], "lr": stage.lr}]
+    trained = _loop(
+        [config], stage, "stage1", network, [head], [groups], data, options, checkpoint, evaluate, train_backbone=True
+    )
+    for module in (network, head):
+        round_to_half(module)
+    return trained
+
+
+def train_stage2(
+    configs: Sequence[RunConfig],
+    stage1: tuple[nn.Module, nn.Linear],
+    data: Dataset,
+    options: Options,
+    checkpoint: Path | None = None,
+    evaluate: Callable | None = None,
+) -> Trained:
+    """Train the classifiers of several runs on one pass through their common frozen backbone.
+
+    Args:
+        configs: runs with equal :attr:`RunConfig.shared_pass`.
+        stage1: the trained backbone and its linear classifier. The backbone's batch norm is changed in place if the
+            runs shift it; nothing else is.
+    """
+    if len({config.shared_pass for config in configs}) != 1:
+        raise ValueError("runs trained on one pass must share Stage-1, epochs, batch size, sampler, mixup and BN mode")
+    stage, device = configs[0].stage2, options.torch_device()
+    network, classifier = stage1
+    network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    heads, groups = [], []
+    for config in configs:
+        s = config.stage2
+        head = GeneralisedClassifier(
+            classifier, a=s.a, learn_scale=s.learn_scale, delta=s.delta, generator=torch_rng(config.seed, "stage2 head")
+        ).to(device)
+        heads.append(head)
+        groups.append(head.parameter_groups(s.lr, s.delta_lr or 1.0))
+    return _loop(
+        list(configs), stage, "stage2", network, heads, groups, data, options, checkpoint, evaluate, train_backbone=False
+    )
+
+
+def _loop(
+    configs: list[RunConfig],
+    stage: Stage1 | Stage2,
+    stage_name: str,
+    network: nn.Module,
+    heads: list[nn.Module],
+    groups: list[list[dict]],
+    data: Dataset,
+    options: Options,
+    checkpoint: Path | None,
+    evaluate: Callable | None,
+    train_backbone: bool,
+) -> Trained:
+    device = options.torch_device()
+    stages = [getattr(config, stage_name) for config in configs]
+    losses = [loss_for(s, data.class_counts) for s in stages]
+    optimizers = [
+        torch.optim.SGD(group, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True)
+        for group, s in zip(groups, stages, strict=True)
+    ]
+    base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    images = Images(data.train_images, data.spec.mean, data.spec.std, padding=data.spec.padding, device=device)
+    targets, targets_host = data.train_targets.to(device), data.train_targets.numpy()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=configs[0].precision == "bf16")
+    forward = torch.compile(network, dynamic=False) if options.compile else network
+    network.train(train_backbone or stage.shift_bn)
+
+    state = _State(network, heads, optimizers, histories=[[] for _ in configs])
+    if checkpoint is not None and checkpoint.exists():
+        state.load(checkpoint, configs)
+    started = saved = time.monotonic()
+    before = state.seconds
+    bar = tqdm(
+        total=stage.epochs * len(data.train_targets), initial=state.epoch * len(data.train_targets), unit="img",
+        unit_scale=True, desc=_describe(configs, stage_name), disable=not options.progress, mininterval=1.0,
+    )  # fmt: skip
+    with bar:
+        for epoch in range(state.epoch, stage.epochs):
+            factors = [learning_rate_factor(s, epoch) for s in stages]
+            for optimizer, rates, factor in zip(optimizers, base_rates, factors, strict=True):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * factor
+            totals = torch.zeros(len(heads), device=device)
+            rng = host_rng(configs[0].seed, stage_name, epoch)
+            for batch, lam, partner in draw_batches(
+                rng, targets_host, stage, data.spec.padding, data.spec.flip, device
+            ):
+                x, y = images.batch(*batch), targets[batch[0]]
+                if partner is not None:
+                    x = mixup(x, lam, partner)
+                with torch.set_grad_enabled(train_backbone), autocast:
+                    features = forward(x)
+                features = features.float()
+                step = []
+                for head, loss in zip(heads, losses, strict=True):
+                    logits = head(features)
+                    value = loss(logits, y)
+                    if partner is not None:
+                        value = lam * value + (1 - lam) * loss(logits, y[partner])
+                    step.append(value)
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                torch.stack(step).sum().backward()  # heads share no parameter: each gets its own gradient alone
+                for optimizer in optimizers:
+                    optimizer.step()
+                totals += torch.stack(step).detach() * len(y)
+                bar.update(len(y))
+            rows = [{"epoch": epoch + 1, "lr": s.lr * factor} for s, factor in zip(stages, factors, strict=True)]
+            for row, total in zip(rows, (totals / len(targets)).tolist(), strict=True):
+                row["train_loss"] = round(total, 5)
+            last = epoch + 1 == stage.epochs
+            if evaluate is not None and not last and (epoch + 1) % options.eval_every == 0:
+                for row, head in zip(rows, heads, strict=True):
+                    row |= evaluate(network, head)
+                network.train(train_backbone or stage.shift_bn)
+            for history, row in zip(state.histories, rows, strict=True):
+                history.append(row)
+            bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{rows[0]['train_loss']:.3f}", refresh=False)
+            state.epoch, state.seconds = epoch + 1, before + time.monotonic() - started
+            if checkpoint is not None and (last or time.monotonic() - saved >= options.checkpoint_every):
+                state.save(checkpoint, configs)
+                saved = time.monotonic()
+    network.eval()
+    return Trained(network, heads, state.histories, state.seconds)
+
+
+def _describe(configs: list[RunConfig], stage_name: str) -> str:
+    first = configs[0]
+    who = first.stage1_only.method if stage_name == "stage1" else ", ".join(config.method for config in configs)
+    return f"{first.dataset} IF={first.imbalance:g} {stage_name} {who} seed {first.seed}"
+
+
+@dataclass
+class _State:
+    """All that changes while training; a checkpoint is this, so that a resumed run equals one never stopped."""
+
+    network: nn.Module
+    heads: list[nn.Module]
+    optimizers: list[torch.optim.Optimizer]
+    histories: list[list[dict[str, float]]]
+    epoch: int = 0
+    seconds: float = 0.0
+
+    def save(self, path: Path, configs: list[RunConfig]) -> None:
+        content = {
+            "runs": [config.id for config in configs],
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "histories": self.histories,
+            "network": self.network.state_dict(),
+            "heads": [head.state_dict() for head in self.heads],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        write_atomically(path, lambda handle: torch.save(content, handle))
+
+    def load(self, path: Path, configs: list[RunConfig]) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["runs"] != [config.id for config in configs]:
+                raise RecordError(f"checkpoint {path} belongs to other runs; delete it to start these afresh")
+            self.network.load_state_dict(content["network"])
+            for own, stored in zip(self.heads + self.optimizers, content["heads"] + content["optimizers"], strict=True):
+                own.load_state_dict(stored)
+            self.epoch, self.seconds = content["epoch"], content["seconds"]
+            self.histories = content["histories"]
+        except RecordError:
+            raise
+        except Exception as error:
+            raise RecordError(
+                f"checkpoint {path} cannot be read ({type(error).__name__}); delete it to start the run afresh"
+            ) from error
+
+
+@torch.no_grad()
+def round_to_half(module: nn.Module) -> None:
+    """Round parameters (not batch norm's running statistics) to half precision, in place, keeping their dtype."""
+    for parameter in module.parameters():
+        parameter.copy_(parameter.half().float())

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .errors import DataError, MislasError, unknown
 
@@ -205,6 +205,18 @@ def load(
     )
 
 
+def available(name: str, data_root: str | os.PathLike) -> bool:
+    """Whether the files of a dataset are under ``data_root``; they are not opened."""
+    name = dataset_name(name)
+    if SPECS[name].files == "tree":
+        try:
+            return bool(_find_place(name, Path(data_root)))
+        except DataError:
+            return False
+    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name)
+    return folder is None or (Path(data_root) / folder).is_dir()
+
+
 Splits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], tuple[str, ...]]
 
 
@@ -268,18 +280,11 @@ def _cache_dir() -> Path:
     return Path(base)
 
 
-def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple[str, bytes]]], str]:
-    """The tree's place, a function that iterates over (member name, bytes), and an identity for the cache."""
+def _find_place(name: str, root: Path) -> Path:
+    """The tree's folder or archive."""
     for folder in (root / name, root):
         if (folder / "train").is_dir() and (folder / "test").is_dir():
-            files = sorted(p for split in ("train", "test") for p in (folder / split).glob("*/*") if p.is_file())
-            listing = "\n".join(f"{p.relative_to(folder)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
-
-            def from_folder() -> Iterator[tuple[str, bytes]]:
-                for path in files:
-                    yield path.relative_to(folder).as_posix(), path.read_bytes()
-
-            return folder, from_folder, hashlib.sha256(listing.encode()).hexdigest()[:16]
+            return folder
     archives = [root / f"{name}{suffix}" for suffix in (".tar.xz", ".tar.gz", ".tar")]
     archive = next((path for path in archives if path.is_file()), None)
     if archive is None:
@@ -287,15 +292,30 @@ def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple
             f"no images for {name!r} under {root}: expected {name}/train/<class>/* and {name}/test/<class>/*, "
             f"or one of {', '.join(p.name for p in archives)}"
         )
+    return archive
+
+
+def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple[str, bytes]]], str]:
+    """The tree's place, a function that iterates over (member name, bytes), and an identity for the cache."""
+    place = _find_place(name, root)
+    if place.is_dir():
+        files = sorted(p for split in ("train", "test") for p in (place / split).glob("*/*") if p.is_file())
+        listing = "\n".join(f"{p.relative_to(place)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+
+        def from_folder() -> Iterator[tuple[str, bytes]]:
+            for path in files:
+                yield path.relative_to(place).as_posix(), path.read_bytes()
+
+        return place, from_folder, hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def from_archive() -> Iterator[tuple[str, bytes]]:  # members are read in memory; nothing is extracted to disk
-        with tarfile.open(archive) as tar:
+        with tarfile.open(place) as tar:
             for member in tar:
                 if member.isfile():
                     yield member.name.removeprefix("./"), tar.extractfile(member).read()
 
-    with archive.open("rb") as handle:
-        return archive, from_archive, hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+    with place.open("rb") as handle:
+        return place, from_archive, hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def _decode_tree(name: str, source: Path, members: Callable[[], Iterator[tuple[str, bytes]]]) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raise :class:`MislasError` for an unknown name, the known names listed with the nearest first."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near += [k for k in known if k not in near and k.rpartition(".")[2].startswith(str(name))]
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     rest = [n for n in known if n not in near]
     raise MislasError(f"unknown {kind} {name!r}{hint} Known: {', '.join(near + rest)}")

@@ -82,10 +82,9 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, n_bins: int = BINS,
         raise MislasError(f"confidences must lie in 0..1, got {confidence.min():.4g} .. {confidence.max():.4g}")
     if n_bins < 1:
         raise MislasError(f"n_bins must be at least 1, got {n_bins}")
+    edges = np.linspace(0, 1, n_bins + 1)
     if adaptive:
-        edges = np.quantile(confidence, np.linspace(0, 1, n_bins + 1))
-    else:
-        edges = np.linspace(0, 1, n_bins + 1)
+        edges = np.quantile(confidence, edges)
     which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, n_bins - 1)
     count = np.bincount(which, minlength=n_bins)
     with np.errstate(invalid="ignore"):

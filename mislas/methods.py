@@ -93,7 +93,12 @@ METHODS: dict[str, Method] = {
     "crt+mixup": Method("cRT+mixup", "cRT on a backbone trained with mixup.", KANG, mixup=True, stage2=CRT),
     "lws+mixup": Method("LWS+mixup", "LWS on a backbone trained with mixup.", KANG, mixup=True, stage2=LWS),
     "lws+mixup+shift": Method(
-        "LWS+mixup+SL", "LWS+mixup, batch norm's running statistics shifted.", MISLAS, True, {}, LWS | {"shift_bn": True}
+        "LWS+mixup+SL",
+        "LWS+mixup, batch norm's running statistics shifted.",
+        MISLAS,
+        True,
+        {},
+        LWS | {"shift_bn": True},
     ),
     "lws+las": Method("LWS+LAS", "LWS learned with label-aware smoothing.", MISLAS, stage2=LWS | LAS),
     "mislas": Method(

@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth 6n + 2 for small images (He et al., 2016, section 4.2): images (B, 3, H, W) to features (B, 64)."""
+    """ResNet of depth 6n + 2 for small images (He et al., 2016, 4.2): (B, 3, H, W) to features (B, 64)."""
 
     num_features = 64
 

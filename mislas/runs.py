@@ -125,7 +125,7 @@ class Store:
         return record
 
     def put_weights(self, config: RunConfig, network: nn.Module, head: nn.Module) -> None:
-        """Keep Stage-1's model: parameters in half precision (they are rounded to it), batch-norm statistics as they are."""
+        """Keep Stage-1's model: parameters in half precision (they are rounded to it), statistics as they are."""
         tensors = {}
         for prefix, module in (("backbone.", network), ("classifier.", head)):
             parameters = {name for name, _ in module.named_parameters()}
@@ -148,7 +148,9 @@ class Store:
         except FileNotFoundError:
             raise RecordError(f"the weights of {config.method} ({config.id}) are not in {self.root}") from None
         except (SafetensorError, RuntimeError, OSError) as error:
-            raise RecordError(f"{path} is damaged ({type(error).__name__}); delete it and train Stage-1 again") from error
+            raise RecordError(
+                f"{path} is damaged ({type(error).__name__}); delete it and train Stage-1 again"
+            ) from error
         return network, head
 
 
@@ -159,7 +161,7 @@ def _read(path: Path) -> Record:
         record = Record(config, content["metrics"], content["history"], content["provenance"], path)
     except (MislasError, KeyError, TypeError, ValueError) as error:
         raise RecordError(
-            f"record {path} cannot be read ({type(error).__name__}: {error}); restore it from git, or delete it to run again"
+            f"record {path} cannot be read ({type(error).__name__}: {error}); restore it, or delete it to run again"
         ) from error
     if content["id"] != config.id:
         raise RecordError(f"record {path} was changed: its configuration has identity {config.id}, not {content['id']}")

@@ -27,7 +27,7 @@ def class_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
 
 
 def class_cyclic(rng: np.random.Generator, targets: np.ndarray, per_visit: int = 4) -> np.ndarray:
-    """The authors' code: cycle through the classes in shuffled order, four images of each from its own shuffled cycle."""
+    """The authors' code: cycle through the classes in shuffled order, four of each from its own shuffled cycle."""
     counts = np.bincount(targets)
     classes = len(counts)
     visits = -(-len(targets) // (classes * per_visit))

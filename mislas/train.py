@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .augment import Images, mixup
 from .config import RunConfig, Stage1, Stage2
@@ -76,7 +76,12 @@ def torch_rng(*parts: Any) -> torch.Generator:
 
 
 def draw_batches(
-    rng: np.random.Generator, targets: np.ndarray, stage: Stage1 | Stage2, padding: int, flip: bool, device: torch.device
+    rng: np.random.Generator,
+    targets: np.ndarray,
+    stage: Stage1 | Stage2,
+    padding: int,
+    flip: bool,
+    device: torch.device,
 ) -> Iterator[tuple[tuple[Tensor, ...], float, Tensor | None]]:
     """One epoch: for each batch ((index, top, left, flip), lambda, partner), drawn on the host and moved in one go."""
     index = SAMPLERS[stage.sampler](rng, targets)
@@ -159,7 +164,17 @@ def train_stage2(
         heads.append(head)
         groups.append(head.parameter_groups(s.lr, s.delta_lr or 1.0))
     return _loop(
-        list(configs), stage, "stage2", network, heads, groups, data, options, checkpoint, evaluate, train_backbone=False
+        list(configs),
+        stage,
+        "stage2",
+        network,
+        heads,
+        groups,
+        data,
+        options,
+        checkpoint,
+        evaluate,
+        train_backbone=False,
     )
 
 
@@ -197,7 +212,8 @@ def _loop(
     before = state.seconds
     bar = tqdm(
         total=stage.epochs * len(data.train_targets), initial=state.epoch * len(data.train_targets), unit="img",
-        unit_scale=True, desc=_describe(configs, stage_name), disable=not options.progress, mininterval=1.0,
+        unit_scale=True, desc=_describe(configs, stage_name), disable=not options.progress,
+        mininterval=1.0, leave=False,
     )  # fmt: skip
     with bar:
         for epoch in range(state.epoch, stage.epochs):

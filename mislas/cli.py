@@ -1,0 +1,252 @@
+"""The command line: ``mislas train | eval | list | show``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from . import __version__
+from .augment import Images
+from .config import field_names, locate
+from .data import SPECS, load
+from .errors import MislasError, RecordError, unknown
+from .evaluate import BINS, predict, summarise
+from .methods import METHODS, configure
+from .runs import Record, Store, run
+from .study import default_results_root
+from .train import Options
+
+EXAMPLES = """\
+examples:
+  mislas train --dataset digits --method ce mislas --imbalance 10        (seconds, no data needed)
+  mislas train --dataset cifar10 --method mislas --data-root data --download
+  mislas train --dataset cifar10-jpeg --method ce mixup mislas --imbalance 100 50 10 --seed 0 1 2 --data-root data
+  mislas list
+  mislas show 6b5417f459cc
+  mislas eval 6b5417f459cc --bins 10
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 after an error that the user can mend."""
+    arguments = _parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_: print(f"mislas: warning: {message}", file=sys.stderr)
+    try:
+        arguments.call(arguments)
+    except MislasError as error:
+        print(f"mislas: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mislas: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mislas",
+        description="Train and measure as in 'Improving Calibration for Long-Tailed Recognition'.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"mislas {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,list,show}")
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument(
+        "--results-root", metavar="DIR", help="the store of finished runs (default: the project's results/)"
+    )
+
+    train = commands.add_parser(
+        "train",
+        parents=[store],
+        help="train what is not in the store yet",
+        description="Train the runs asked for: every combination of method, imbalance factor and seed. What the store "
+        "has is not trained again, Stage-1 is shared, and a run that was stopped goes on from its checkpoint.",
+        epilog="fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(_wrap(field_names())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join(SPECS)}")
+    train.add_argument(
+        "--method", required=True, nargs="+", metavar="NAME", help=f"one or more of: {', '.join(METHODS)}"
+    )
+    train.add_argument(
+        "--imbalance",
+        type=float,
+        nargs="+",
+        default=[100],
+        metavar="IF",
+        help="imbalance factors >= 1; 1 is balanced (default: 100)",
+    )
+    train.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
+    train.add_argument("--data-root", metavar="DIR", help="folder with the images; digits needs none")
+    train.add_argument("--download", action="store_true", help="fetch CIFAR-10/100 into --data-root if missing")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of every run, e.g. epochs=20 or stage2.eps_1=0.4 (repeatable)",
+    )
+    train.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    train.add_argument(
+        "--compile",
+        action="store_true",
+        help="fuse the backbone with torch.compile: faster on long runs; needs a C++ compiler",
+    )
+    train.add_argument(
+        "--eval-every",
+        type=int,
+        default=10,
+        metavar="N",
+        help="epochs between test evaluations along the way (default: 10); the last epoch is what counts",
+    )
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.set_defaults(call=_train)
+
+    evaluate = commands.add_parser(
+        "eval",
+        parents=[store],
+        help="measure a finished run again",
+        description="Measure a finished run again from its stored predictions, with other bins if you like. "
+        "With --data-root, a Stage-1 model is loaded from its stored weights and run over the test images.",
+    )
+    evaluate.add_argument("run", metavar="RUN", help="identity of a run, or its beginning; see 'mislas list'")
+    evaluate.add_argument(
+        "--bins", type=int, default=BINS, metavar="N", help=f"bins of the ECE (default: {BINS}, the paper's)"
+    )
+    evaluate.add_argument("--data-root", metavar="DIR", help="folder with the images")
+    evaluate.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+    evaluate.set_defaults(call=_eval)
+
+    listing = commands.add_parser("list", parents=[store], help="list finished runs, methods or datasets")
+    listing.add_argument("what", nargs="?", choices=("runs", "methods", "datasets"), default="runs")
+    listing.set_defaults(call=_list)
+
+    show = commands.add_parser("show", parents=[store], help="everything about one finished run")
+    show.add_argument("run", metavar="RUN", help="identity of a run, or its beginning; see 'mislas list'")
+    show.set_defaults(call=_show)
+    return parser
+
+
+def _wrap(words: list[str], width: int = 100) -> list[str]:
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += f"{word}  "
+    return lines
+
+
+def _store(arguments: argparse.Namespace) -> Store:
+    return Store(arguments.results_root or default_results_root())
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["epochs=20", "form=linear"]`` to ``{"epochs": 20, "form": "linear"}``; values are JSON or text."""
+    overrides = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise MislasError(f"--set takes FIELD=VALUE, got {pair!r}")
+        locate(key)
+        try:
+            overrides[key] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[key] = text
+    return overrides
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    overrides = parse_overrides(arguments.set)
+    configs = [
+        configure(arguments.dataset, method, imbalance, seed, overrides)
+        for imbalance in arguments.imbalance
+        for seed in arguments.seed
+        for method in arguments.method
+    ]
+    if arguments.eval_every < 1:
+        raise MislasError(f"--eval-every must be at least 1, got {arguments.eval_every}")
+    options = Options(arguments.device, arguments.compile, arguments.eval_every, progress=not arguments.quiet)
+    _print_runs(run(configs, _store(arguments), arguments.data_root, options, arguments.download))
+
+
+def find_run(store: Store, prefix: str) -> Record:
+    """The one run whose identity begins with ``prefix``."""
+    found = [record for record in store if record.config.id.startswith(prefix)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise MislasError(f"run {prefix!r} is ambiguous: {', '.join(record.config.id for record in found)}")
+    unknown("run", prefix, [record.config.id for record in store] or ["none; the store is empty"])
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    store = _store(arguments)
+    record = find_run(store, arguments.run)
+    print(f"{record.config.method} on {record.config.dataset} IF={record.config.imbalance:g} seed {record.config.seed}")
+    if record.config.stage2 is not None and arguments.data_root is not None:
+        raise RecordError("only Stage-1 models are stored as weights; leave out --data-root to use stored predictions")
+    if record.config.stage2 is not None or (arguments.data_root is None and record.config.dataset != "digits"):
+        predictions = record.predictions()
+    else:
+        data = load(record.config.dataset, arguments.data_root, record.config.imbalance)
+        if data.checksum != record.provenance["data_checksum"]:
+            raise RecordError(
+                f"these images differ from the run's: {data.checksum}, not {record.provenance['data_checksum']}"
+            )
+        device = Options(arguments.device).torch_device()
+        network, head = store.get_weights(record.config, data.num_classes)
+        images = Images(data.test_images, data.spec.mean, data.spec.std, padding=0, device=device)
+        (logits,) = predict(network.to(device), [head.to(device)], images)
+        metrics, predictions = summarise(logits, data.test_targets, data.groups)
+        print(f"from weights: accuracy {metrics['accuracy']:.4f}, recorded {record.metrics['accuracy']:.4f}")
+    bins = predictions.reliability(arguments.bins)
+    print(f"accuracy {predictions.correct.mean():.4f}  ECE {bins.ece:.4f}  MCE {bins.mce:.4f}  ({arguments.bins} bins)")
+    print("bin             images  accuracy  confidence")
+    for low, high, count, accuracy, confidence in zip(
+        bins.edges, bins.edges[1:], bins.count, bins.accuracy, bins.confidence, strict=False
+    ):
+        print(
+            f"({low:.3f}, {high:.3f}]  {count:6d}  "
+            + (f"{accuracy:8.4f}  {confidence:10.4f}" if count else "       –           –")
+        )
+
+
+def _print_runs(records: Sequence[Record]) -> None:
+    print(f"{'run':12}  {'dataset':16}  {'IF':>5}  {'method':18}  {'seed':>4}  {'accuracy':>8}  {'ECE':>6}  date")
+    for record in records:
+        c, m = record.config, record.metrics
+        print(
+            f"{c.id:12}  {c.dataset:16}  {c.imbalance:5g}  {c.method:18}  {c.seed:4d}  "
+            f"{m['accuracy']:8.4f}  {m['ece']:6.4f}  {record.provenance['date'][:10]}"
+        )
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    if arguments.what == "methods":
+        for name, method in METHODS.items():
+            print(f"{name:16}  {method.idea}\n{'':16}  {method.source}")
+        return
+    if arguments.what == "datasets":
+        for name, spec in SPECS.items():
+            print(f"{name:16}  {spec.num_classes:4d} classes, {spec.size}x{spec.size} pixels; {spec.title}")
+        return
+    store = _store(arguments)
+    _print_runs(list(store))
+    for checkpoint in store.under_way():
+        print(f"under way: {checkpoint}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    record = find_run(_store(arguments), arguments.run)
+    print(json.dumps(json.loads(record.path.read_text()), indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from mislas.cli import main, parse_overrides
+
+QUICK = ["--imbalance", "10", "--quiet", "--device", "cpu", "--set", "epochs=2", "--set", "stage2.epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = str(tmp_path_factory.mktemp("results"))
+    assert main(["train", "--dataset", "digits-lt", "--method", "ce", "lws", "--results-root", root, *QUICK]) == 0
+    return root
+
+
+def printed_runs(capsys, store):
+    main(["list", "--results-root", store])
+    return [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+
+
+def test_train_stores_what_list_shows(store, capsys):
+    assert [(row[1], row[3]) for row in printed_runs(capsys, store)] == [("digits", "ce"), ("digits", "lws")]
+
+
+def test_show_prints_the_record_of_an_identity_prefix(store, capsys):
+    identity = printed_runs(capsys, store)[0][0]
+    assert main(["show", identity[:5], "--results-root", store]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["id"] == identity
+    assert shown["provenance"]["data"] == "digits"
+
+
+def test_eval_from_weights_agrees_with_the_record(store, capsys):
+    identity, *_, accuracy, _, _ = printed_runs(capsys, store)[0]
+    assert main(["eval", identity, "--results-root", store, "--device", "cpu"]) == 0
+    assert f"from weights: accuracy {accuracy}, recorded {accuracy}" in capsys.readouterr().out
+
+
+def test_eval_of_a_two_stage_run_uses_stored_predictions(store, capsys):
+    identity, *_, accuracy, _, _ = printed_runs(capsys, store)[1]
+    assert main(["eval", identity, "--bins", "5", "--results-root", store]) == 0
+    out = capsys.readouterr().out
+    assert f"accuracy {accuracy}" in out
+    assert "(5 bins)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "digitz", "--method", "ce"], "unknown dataset 'digitz'; did you mean 'digits'?"),
+        (["--dataset", "digits", "--method", "mislsa"], "unknown method 'mislsa'; did you mean 'mislas'?"),
+        (["--dataset", "digits", "--method", "ce", "--imbalance", "0.5"], "imbalance factor must be >= 1"),
+        (["--dataset", "digits", "--method", "ce", "--imbalance", "1000"], "leaves class"),
+        (["--dataset", "digits", "--method", "ce", "--seed", "-1"], "seed must be an integer >= 0"),
+        (["--dataset", "digits", "--method", "ce", "--set", "epoch=3"], "unknown field 'epoch'; did you mean"),
+        (["--dataset", "digits", "--method", "ce", "--set", "epochs=many"], "epochs takes int, got 'many'"),
+        (["--dataset", "digits", "--method", "ce", "--set", "epochs"], "--set takes FIELD=VALUE"),
+        (["--dataset", "digits", "--method", "mislas", "--set", "eps_k=0.4"], "0 <= eps_k <= eps_1 <= 0.5"),
+        (["--dataset", "cifar10", "--method", "ce"], "needs data_root"),
+        (["--dataset", "cifar10-jpeg", "--method", "ce", "--data-root", "/nowhere"], "no images for 'cifar10-jpeg'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys):
+    assert main(["train", *arguments, "--results-root", str(tmp_path), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_an_unknown_run_says_what_there_is(store, tmp_path, capsys):
+    assert main(["show", "zzz", "--results-root", store]) == 2
+    assert "unknown run 'zzz'" in capsys.readouterr().err
+    assert main(["show", "zzz", "--results-root", str(tmp_path)]) == 2
+    assert "the store is empty" in capsys.readouterr().err
+
+
+def test_values_of_set_are_json_or_text():
+    pairs = ["epochs=20", "stage2.eps_1=0.4", "form=linear", "stage2.shift_bn=false", "mixup=null"]
+    assert parse_overrides(pairs) == {
+        "epochs": 20,
+        "stage2.eps_1": 0.4,
+        "form": "linear",
+        "stage2.shift_bn": False,
+        "mixup": None,
+    }
+
+
+def test_help_names_methods_datasets_and_fields(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "mislas" in out
+    assert "cifar10-jpeg" in out
+    assert "stage2.smoothing_over" in out

@@ -1,0 +1,170 @@
+"""Study, tables and figures: what a notebook shows."""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+
+from mislas import paper
+from mislas.errors import DataError, MislasError
+from mislas.methods import configure
+from mislas.plots import missing_commands, reliability_figure
+from mislas.runs import Store, run
+from mislas.study import Study
+from mislas.tables import compare, distance, measures, percent, table3
+from mislas.train import Options
+
+QUICK = {"epochs": 2, "stage2.epochs": 1}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store with two seeds of CE and one of LWS on digits."""
+    store = Store(tmp_path_factory.mktemp("results"))
+    configs = [configure("digits", "ce", 10, seed, QUICK) for seed in (0, 1)] + [
+        configure("digits", "lws", 10, 0, QUICK)
+    ]
+    run(configs, store, options=Options(device="cpu", progress=False))
+    return store
+
+
+def test_stored_finds_every_seed_and_trains_nothing(store):
+    study = Study("stored", results_root=store.root, overrides=QUICK)
+    assert [record.config.seed for record in study.runs("digits", "ce", 10)] == [0, 1]
+    assert study.runs("digits", "mislas", 10) == []
+    assert [
+        record.config.seed for record in Study("stored", None, store.root, [1], None, QUICK).runs("digits", "ce", 10)
+    ] == [1]
+
+
+def test_a_stand_in_is_used_only_where_the_exact_data_have_no_run(store, tmp_path):
+    record = Study("stored", results_root=store.root, overrides=QUICK).runs("digits", "ce", 10)[0]
+    jpeg = configure("cifar10-jpeg", "ce", 10)
+    Store(tmp_path).put(jpeg, record.metrics, record.history, {}, record.provenance)
+    study = Study("stored", results_root=tmp_path)
+    assert [r.config.dataset for r in study.runs("cifar10", "ce", 10)] == ["cifar10-jpeg"]
+    Store(tmp_path).put(configure("cifar10", "ce", 10), record.metrics, record.history, {}, record.provenance)
+    assert [r.config.dataset for r in study.runs("cifar10", "ce", 10)] == ["cifar10"]
+
+
+def test_table_shows_mean_spread_and_n_and_names_the_command_for_the_rest(store):
+    study = Study("stored", results_root=store.root, overrides=QUICK)
+    table = compare(study, "digits", ["ce", "lws", "mislas"], [10], lambda method, imbalance: 12.3)
+    accuracies = [record.metrics["accuracy"] for record in study.runs("digits", "ce", 10)]
+    assert table.frame.loc["CE"].tolist()[:2] == ["12.3", f"{percent(accuracies)} (n=2)"]
+    assert table.frame.loc["MiSLAS"].tolist()[1:] == ["not measured [a]", "–"]
+    assert table.notes[0] == (
+        "[a] `mislas train --dataset digits --imbalance 10 --method mislas "
+        "--set epochs=2 --set stage2.epochs=1 --data-root DIR`"
+    )
+    assert "seeds 0, 1" in table.notes[-1]
+
+
+def test_percent_is_mean_and_sample_standard_deviation():
+    assert percent([0.5]) == "50.0"
+    assert percent([0.5, 0.6]) == "55.0 ± 7.1"  # sd of (50, 60) with n - 1 is 10 / sqrt(2)
+
+
+def test_table_3_of_an_empty_store_shows_the_paper_and_how_to_fill_it(tmp_path):
+    table = table3(Study("stored", results_root=tmp_path), "cifar10")
+    assert table.frame["IF 100", "paper"].tolist() == [
+        "70.4",
+        "73.1",
+        "77.1",
+        "79.9",
+        "79.8",
+        "–",
+        "–",
+        "79.1",
+        "76.3",
+        "82.1",
+    ]
+    assert set(table.frame["IF 100", "measured"]) == {"not measured [a]", "no code yet"}
+    assert table.notes[0].startswith("[a] `mislas train --dataset cifar10 --imbalance 100 --method ce mixup")
+    html = table._repr_html_()
+    assert html == table._repr_html_()
+    assert "<caption>" in html
+    assert "<code>mislas train" in html
+
+
+def test_the_commands_of_the_notes_are_commands(tmp_path):
+    from mislas.cli import _parser
+
+    for note in table3(Study("stored", results_root=tmp_path), "cifar100").notes[:-1]:
+        command = re.search("`mislas (.*)`", note)[1]
+        arguments = _parser().parse_args(command.split())
+        assert [configure(arguments.dataset, method) for method in arguments.method]
+
+
+def test_tiny_shows_no_paper_number(monkeypatch):
+    study = Study("tiny", overrides={"epochs": 1, "stage2.epochs": 1})
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    table = compare(study, "cifar10", ["ce", "bbn", "lws"], [10], lambda method, imbalance: 99.9)
+    assert list(table.frame.index) == ["CE", "LWS"]
+    assert {name for _, name in table.frame.columns} == {"tiny", "ECE, tiny"}
+    assert "99.9" not in str(table)
+    assert "smoke" in table.caption
+
+
+def test_distance_is_measured_minus_paper(store, tmp_path):
+    record = Study("stored", results_root=store.root, overrides=QUICK).runs("digits", "ce", 10)[0]
+    metrics = record.metrics | {"accuracy": 0.7140}
+    Store(tmp_path).put(configure("cifar10-jpeg", "ce"), metrics, record.history, {}, record.provenance)
+    table = distance(Study("stored", results_root=tmp_path), "cifar10")
+    assert table.frame.loc["CE"].tolist() == ["70.4", "71.4", "+1.0"]
+    assert list(table.frame.index) == ["CE"]
+
+
+def test_measures_shows_a_dash_for_an_empty_group(store):
+    study = Study("stored", results_root=store.root, overrides=QUICK)
+    table = measures(study, "digits", ["ce", "mislas"], 10)
+    assert table.frame.loc["MiSLAS"].tolist() == ["–"] * len(table.frame.columns)
+    mean = sum(record.metrics["nll"] for record in study.runs("digits", "ce", 10)) / 2
+    assert table.frame.loc["CE", "NLL"] == f"{mean:.3f}"
+
+
+def test_figure_says_which_panels_are_missing(store):
+    study = Study("stored", results_root=store.root, overrides=QUICK)
+    panels = [("CE", "ce", 10), ("MiSLAS", "mislas", 10)]
+    figure = reliability_figure(study, "digits", panels)
+    texts = [text.get_text() for ax in figure.axes for text in ax.texts]
+    accuracy = study.runs("digits", "ce", 10)[0].metrics["accuracy"]
+    assert any(f"Acc. {100 * accuracy:.1f}%" in text for text in texts)
+    assert "not measured yet" in texts
+    assert "--method mislas" in missing_commands(study, "digits", panels)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"profile": "tinny"}, MislasError, "unknown profile 'tinny'; did you mean 'tiny'?"),
+        ({"profile": "full"}, DataError, "needs data_root"),
+        ({"profile": "full", "data_root": "/nowhere"}, DataError, "needs data_root"),
+        ({"seeds": 3}, MislasError, "seeds is a list"),
+        ({"seeds": [-1]}, MislasError, "seeds is a list"),
+        ({"overrides": {"epoch": 3}}, MislasError, "unknown field 'epoch'"),
+        ({"overrides": {"eps_1": 2.0}}, MislasError, "eps_1"),
+    ],
+)
+def test_bad_parameters_stop_at_once(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        Study(**arguments)
+
+
+def test_the_committed_records_are_whole_and_on_the_full_schedule():
+    root = Path(__file__).resolve().parents[1] / "results"
+    for record in Store(root):
+        assert record.config == configure(
+            record.config.dataset, record.config.method, record.config.imbalance, record.config.seed
+        )
+        assert record.predictions().correct.mean() == pytest.approx(record.metrics["accuracy"], abs=1e-6)
+        assert record.predictions().reliability().ece == pytest.approx(record.metrics["ece"], abs=1e-4)
+        assert record.history[-1]["epoch"] == (record.config.stage2 or record.config.stage1).epochs
+        assert not record.provenance["commit"].endswith("+changes")
+        assert record.path.with_suffix(".npz").stat().st_size < 100_000
+        json.loads(record.path.read_text())
+    assert paper.IMBALANCES == (100, 50, 10)

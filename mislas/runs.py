@@ -8,6 +8,7 @@ A run that is under way is a ``.ckpt`` beside them. A record is written last, so
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -80,13 +81,14 @@ class Store:
     def __init__(self, root: str | os.PathLike = "results"):
         self.root = Path(root)
 
-    def _path(self, config: RunConfig, suffix: str) -> Path:
+    def path(self, config: RunConfig, suffix: str) -> Path:
+        """Where a run's file goes."""
         folder = f"{config.dataset}-if{config.imbalance:g}"
         return self.root / folder / f"{config.method.replace('+', '-')}-s{config.seed}-{config.id}{suffix}"
 
     def find(self, config: RunConfig, suffix: str = ".json") -> Path:
         """Where a run's file is, whatever name it was stored under, or where it would go."""
-        path = self._path(config, suffix)
+        path = self.path(config, suffix)
         return next(iter(path.parent.glob(f"*-{config.id}{suffix}")), path)
 
     def get(self, config: RunConfig) -> Record | None:
@@ -97,6 +99,13 @@ class Store:
     def __iter__(self) -> Iterator[Record]:
         for path in sorted(self.root.glob("*/*.json")):
             yield _read(path)
+
+    def checkpoint(self, group: Sequence[RunConfig]) -> Path:
+        """Where runs that train together keep their checkpoint: a name that no other group has."""
+        if len(group) == 1:
+            return self.path(group[0], ".ckpt")
+        together = hashlib.sha256("".join(config.id for config in group).encode()).hexdigest()[:12]
+        return self.path(group[0], ".ckpt").with_name(f"together-s{group[0].seed}-{together}.ckpt")
 
     def under_way(self) -> list[Path]:
         """Checkpoints of runs that have not finished."""
@@ -109,7 +118,7 @@ class Store:
         existing = self.get(config)
         if existing is not None:
             return existing
-        path = self._path(config, ".json")
+        path = self.path(config, ".json")
         write_atomically(path.with_suffix(".npz"), lambda handle: np.savez_compressed(handle, **arrays))
         record = Record(config, metrics, history, provenance, path)
         content = {
@@ -133,7 +142,7 @@ class Store:
                 value = value.detach().cpu().contiguous()
                 tensors[prefix + name] = value.half() if name in parameters else value
         content = save_safetensors(tensors, metadata={"run": config.id})
-        write_atomically(self._path(config, ".safetensors"), lambda handle: handle.write(content))
+        write_atomically(self.path(config, ".safetensors"), lambda handle: handle.write(content))
 
     def get_weights(self, config: RunConfig, num_classes: int) -> tuple[nn.Module, nn.Linear]:
         """Stage-1's backbone and linear classifier, in float32."""
@@ -188,30 +197,35 @@ def run(
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     options = options or Options()
-    missing = [config for config in configs if store.get(config) is None]
     datasets: dict[tuple[str, float], Dataset] = {}
-    for group in _groups(missing):
-        key = (group[0].dataset, group[0].imbalance)
+    for group in plan(configs, store):
+        name, imbalance = key = group[0].dataset, group[0].imbalance
         if key not in datasets:
-            datasets = {key: load(*key[:1], data_root, key[1], download=download)}  # one at a time in memory
+            datasets = {key: load(name, data_root, imbalance, download=download)}  # one at a time in memory
         _run_group(group, datasets[key], store, options)
     return [store.get(config) for config in configs]
 
 
-def _groups(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Runs that train together, by dataset; each Stage-1 before what builds on it."""
+def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:
+    """What has to be trained to have these runs: groups that train together, each Stage-1 before what builds on it.
+
+    Stage-1 is trained if its record is wanted and missing, or if its weights are needed and missing.
+    """
     groups: dict[tuple, dict[str, RunConfig]] = {}
     for config in configs:
-        for step in dict.fromkeys((config.stage1_only, config)):
-            key = (step.dataset, step.imbalance, step.stage1_only.id, step.stage2 is not None, step.shared_pass)
+        if store.get(config) is not None:
+            continue
+        steps = [config]
+        first = config.stage1_only
+        if first != config and not (store.get(first) and store.find(first, ".safetensors").exists()):
+            steps = [first, config]
+        for step in steps:
+            key = (step.dataset, step.imbalance, first.id, step.stage2 is not None, step.shared_pass)
             groups.setdefault(key, {}).setdefault(step.id, step)
     return [list(group.values()) for _, group in sorted(groups.items())]
 
 
 def _run_group(group: list[RunConfig], data: Dataset, store: Store, options: Options) -> None:
-    group = [config for config in group if store.get(config) is None]
-    if not group:
-        return
     first, device = group[0], options.torch_device()
     test = Images(data.test_images, data.spec.mean, data.spec.std, padding=0, device=device)
 
@@ -219,7 +233,7 @@ def _run_group(group: list[RunConfig], data: Dataset, store: Store, options: Opt
         (logits,) = predict(network, [head], test)
         return {"test_accuracy": round(float((logits.argmax(1) == data.test_targets).double().mean()), 4)}
 
-    checkpoint = store._path(first, ".ckpt")
+    checkpoint = store.checkpoint(group)
     if first.stage2 is None:
         trained = train_stage1(first, data, options, checkpoint, along_the_way)
         store.put_weights(first, trained.backbone, trained.heads[0])

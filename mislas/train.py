@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .augment import Images, mixup
 from .config import RunConfig, Stage1, Stage2
 from .data import Dataset, write_atomically
-from .errors import RecordError
+from .errors import MislasError, RecordError
 from .methods import loss_for
 from .models import GeneralisedClassifier, backbone, init_kaiming
 from .samplers import SAMPLERS
@@ -48,7 +48,14 @@ class Options:
     progress: bool = True
 
     def torch_device(self) -> torch.device:
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """The device, or :class:`MislasError` if this machine does not have it."""
+        try:
+            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise MislasError(f"device {self.device!r} cannot be used here ({reason}); try 'cpu', or None") from error
+        return device
 
 
 @dataclass

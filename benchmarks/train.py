@@ -1,0 +1,161 @@
+"""How fast Stage-1 trains here, as ratios in one run: ours against the usual loop, and against bare computation.
+
+- usual: PIL images, torchvision transforms, DataLoader workers, eager, float32, batches of 128.
+- ours: what ``mislas train`` runs.
+- bare: ours without data: the same forward, backward and step, over and over on one resident batch.
+
+The three take turns, so that a machine whose speed drifts treats them alike. Images are random: only time is measured.
+
+    python benchmarks/train.py [--images 2560] [--repeats 5] [--compile] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from mislas import Dataset, Options, configure
+from mislas.data import CIFAR_MEAN, CIFAR_STD
+from mislas.losses import cross_entropy
+from mislas.models import backbone
+from mislas.runs import _cpu_name
+from mislas.train import train_stage1
+
+BATCH = 128
+
+
+def random_data(images: int) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (images, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    targets = torch.arange(images) % 10
+    return Dataset("cifar10", 1.0, pixels, targets, pixels[:10], targets[:10], tuple("0123456789"))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class PilImages(torch.utils.data.Dataset):
+    """Images as people usually hold them."""
+
+    def __init__(self, data: Dataset):
+        self.images = [Image.fromarray(image.numpy()) for image in data.train_images]
+        self.targets = data.train_targets.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(CIFAR_MEAN, CIFAR_STD),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int):
+        return self.transform(self.images[i]), self.targets[i]
+
+
+def sgd(network: nn.Module, **kwargs) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4, **kwargs)
+
+
+def usual(data: Dataset, device: torch.device) -> Callable[[], float]:
+    network = nn.Sequential(backbone("resnet32"), nn.Linear(64, 10)).to(device).train()
+    optimizer = sgd(network)
+    workers = min(8, os.cpu_count() or 1)
+    loader = DataLoader(PilImages(data), BATCH, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
+
+    def epoch() -> float:
+        start = time.perf_counter()
+        for images, targets in loader:
+            loss = cross_entropy(network(images.to(device)), targets.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return epoch
+
+
+def ours(data: Dataset, options: Options) -> Callable[[], float]:
+    """One epoch of the real training loop; the first, which warms up and compiles, is not timed."""
+    device = options.torch_device()
+
+    def epoch() -> float:
+        marks = []
+
+        def mark(*_) -> dict:
+            synchronize(device)
+            marks.append(time.perf_counter())
+            return {}
+
+        train_stage1(configure("cifar10", "ce", 1, overrides={"epochs": 3}), data, options, evaluate=mark)
+        return marks[1] - marks[0]
+
+    return epoch
+
+
+def bare(data: Dataset, options: Options) -> Callable[[], float]:
+    device = options.torch_device()
+    network = nn.Sequential(backbone("resnet32"), nn.Linear(64, 10))
+    network = network.to(device, memory_format=torch.channels_last).train()
+    forward = torch.compile(network, dynamic=False) if options.compile else network
+    optimizer = sgd(network, fused=True)
+    images = torch.randn(BATCH, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    targets = torch.arange(BATCH, device=device) % 10
+
+    def epoch() -> float:
+        start = time.perf_counter()
+        for _ in range(len(data.train_targets) // BATCH):
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = forward(images)
+            loss = cross_entropy(logits.float(), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return epoch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=2560, help="images in an epoch, a multiple of 128")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device")
+    arguments = parser.parse_args()
+    options = Options(arguments.device, arguments.compile, eval_every=1, progress=False)
+    device, data = options.torch_device(), random_data(arguments.images // BATCH * BATCH)
+    loops = {"usual": usual(data, device), "ours": ours(data, options), "bare": bare(data, options)}
+    loops["usual"](), loops["bare"]()
+    seconds = {name: [] for name in loops}
+    for _ in range(arguments.repeats):
+        for name, epoch in loops.items():
+            seconds[name].append(epoch())
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, compile={options.compile}")
+    for name, values in seconds.items():
+        rates = [len(data.train_targets) / value for value in values]
+        print(f"{name:6} {statistics.median(rates):8.0f} images/s   ({min(rates):.0f} .. {max(rates):.0f})")
+    for top, bottom in (("usual", "ours"), ("bare", "ours")):
+        ratios = [a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)]
+        print(f"ours / {top}: {statistics.median(ratios):.2f}   ({min(ratios):.2f} .. {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()

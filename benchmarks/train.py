@@ -27,7 +27,7 @@ from mislas import Dataset, Options, configure
 from mislas.data import CIFAR_MEAN, CIFAR_STD
 from mislas.losses import cross_entropy
 from mislas.models import backbone
-from mislas.runs import _cpu_name
+from mislas.runs import device_name
 from mislas.train import train_stage1
 
 BATCH = 128
@@ -97,10 +97,10 @@ def ours(data: Dataset, options: Options) -> Callable[[], float]:
     def epoch() -> float:
         marks = []
 
-        def mark(*_) -> dict:
+        def mark(*_) -> list[dict]:
             synchronize(device)
             marks.append(time.perf_counter())
-            return {}
+            return [{}]
 
         train_stage1(configure("cifar10", "ce", 1, overrides={"epochs": 3}), data, options, evaluate=mark)
         return marks[1] - marks[0]
@@ -147,8 +147,8 @@ def main() -> None:
     for _ in range(arguments.repeats):
         for name, epoch in loops.items():
             seconds[name].append(epoch())
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    print(f"{machine}, torch {torch.__version__}, {torch.get_num_threads()} threads, compile={options.compile}")
+    threads = torch.get_num_threads()
+    print(f"{device_name(device)}, torch {torch.__version__}, {threads} threads, compile={options.compile}")
     for name, values in seconds.items():
         rates = [len(data.train_targets) / value for value in values]
         print(f"{name:6} {statistics.median(rates):8.0f} images/s   ({min(rates):.0f} .. {max(rates):.0f})")

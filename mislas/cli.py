@@ -1,4 +1,4 @@
-"""The command line: ``mislas train | eval | list | show``."""
+"""The command line: ``mislas train | eval | list | show | campaign | merge``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .augment import Images
+from .campaign import campaign, files, jobs, merge, pack, parse_budget, wanted
 from .config import field_names, locate
 from .data import SPECS, load
 from .errors import MislasError, RecordError, unknown
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mislas {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,list,show}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,list,show,campaign,merge}")
     store = argparse.ArgumentParser(add_help=False)
     store.add_argument(
         "--results-root", metavar="DIR", help="the store of finished runs (default: the project's results/)"
@@ -124,6 +126,40 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
     evaluate.set_defaults(call=_eval)
 
+    push = commands.add_parser(
+        "campaign",
+        parents=[store],
+        help="fill the store with what the book wants, within a time budget",
+        description="Train what the tables and figures want of a dataset and the store lacks, most wanted first. "
+        "Can be killed at any moment; the same command goes on.",
+    )
+    push.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join(SPECS)}")
+    push.add_argument(
+        "--imbalance", type=float, nargs="+", default=[100, 50, 10], metavar="IF", help="imbalance factors"
+    )
+    push.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
+    push.add_argument("--data-root", metavar="DIR", help="folder with the images; digits needs none")
+    push.add_argument("--budget", metavar="TIME", help="stop, checkpointed, before this time is over: 90s, 9m, 1.5h")
+    push.add_argument(
+        "--pack", metavar="FILE", help="at the end, pack what is new (and every checkpoint) into this tar"
+    )
+    push.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
+    push.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of every run")
+    push.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+    push.add_argument("--compile", action="store_true", help="fuse the backbone with torch.compile")
+    push.add_argument("--quiet", action="store_true", help="no progress bar")
+    push.set_defaults(call=_campaign)
+
+    joining = commands.add_parser(
+        "merge",
+        parents=[store],
+        help="add a packed archive to the store",
+        description="Add what 'mislas campaign --pack' wrote to the store. Damage and conflicts are refused before "
+        "anything is added.",
+    )
+    joining.add_argument("archive", nargs="+", metavar="FILE")
+    joining.set_defaults(call=_merge)
+
     listing = commands.add_parser("list", parents=[store], help="list finished runs, methods or datasets")
     listing.add_argument("what", nargs="?", choices=("runs", "methods", "datasets"), default="runs")
     listing.set_defaults(call=_list)
@@ -174,6 +210,38 @@ def _train(arguments: argparse.Namespace) -> None:
         raise MislasError(f"--eval-every must be at least 1, got {arguments.eval_every}")
     options = Options(arguments.device, arguments.compile, arguments.eval_every, progress=not arguments.quiet)
     _print_runs(run(configs, _store(arguments), arguments.data_root, options, arguments.download))
+
+
+def _campaign(arguments: argparse.Namespace) -> None:
+    store, overrides = _store(arguments), parse_overrides(arguments.set)
+    options = Options(arguments.device, arguments.compile, progress=not arguments.quiet)
+    budget = parse_budget(arguments.budget) if arguments.budget else None
+    everything = wanted(arguments.dataset, arguments.imbalance, arguments.seed)
+    configs = list({c.id: c for c in (config.override(overrides) for config in everything)}.values())
+    planned = jobs(configs, store, options)
+    have = sum(store.get(config) is not None for config in configs)
+    print(f"{have} of {len(configs)} runs are in the store; {len(planned)} jobs to do, most wanted first:")
+    for job in planned:
+        print(f"  {job}")
+    if planned and all(job.seconds is not None for job in planned):
+        print(
+            f"  about {sum(job.seconds for job in planned) / 3600:.1f} h in all, at the rates of the store's runs here"
+        )
+    if arguments.dry_run:
+        return
+    before = files(store)
+    done = campaign(configs, store, arguments.data_root, options, budget)
+    have = sum(store.get(config) is not None for config in configs)
+    print(
+        f"{have} of {len(configs)} runs are in the store" + ("" if done else "; out of time, the same command goes on")
+    )
+    if arguments.pack:
+        print(f"{pack(store, Path(arguments.pack), before)} files packed into {arguments.pack}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    for archive in arguments.archive:
+        _print_runs(merge(Path(archive), _store(arguments)))
 
 
 def find_run(store: Store, prefix: str) -> Record:

@@ -40,6 +40,7 @@ class Spec:
     title: str
     num_classes: int
     size: int
+    train_per_class: int
     mean: tuple[float, float, float] = CIFAR_MEAN
     std: tuple[float, float, float] = CIFAR_STD
     padding: int = 4
@@ -48,13 +49,13 @@ class Spec:
 
 
 SPECS: dict[str, Spec] = {
-    "digits": Spec("digits", 10, 16, (0.3053,) * 3, (0.3760,) * 3, padding=1, flip=False, files="bundled"),
-    "cifar10": Spec("CIFAR-10", 10, 32, files="torchvision"),
-    "cifar100": Spec("CIFAR-100", 100, 32, files="torchvision"),
-    "cifar10-jpeg": Spec("CIFAR-10 (JPEG)", 10, 32),
-    "cifar100-jpeg": Spec("CIFAR-100 (JPEG)", 100, 32),
-    "tinyimagenet32": Spec("Tiny-ImageNet 32x32", 200, 32, IMAGENET_MEAN, IMAGENET_STD),
-    "tinyimagenet64": Spec("Tiny-ImageNet 64x64", 200, 64, IMAGENET_MEAN, IMAGENET_STD, padding=8),
+    "digits": Spec("digits", 10, 16, 124, (0.3053,) * 3, (0.3760,) * 3, padding=1, flip=False, files="bundled"),
+    "cifar10": Spec("CIFAR-10", 10, 32, 5000, files="torchvision"),
+    "cifar100": Spec("CIFAR-100", 100, 32, 500, files="torchvision"),
+    "cifar10-jpeg": Spec("CIFAR-10 (JPEG)", 10, 32, 5000),
+    "cifar100-jpeg": Spec("CIFAR-100 (JPEG)", 100, 32, 500),
+    "tinyimagenet32": Spec("Tiny-ImageNet 32x32", 200, 32, 500, IMAGENET_MEAN, IMAGENET_STD),
+    "tinyimagenet64": Spec("Tiny-ImageNet 64x64", 200, 64, 500, IMAGENET_MEAN, IMAGENET_STD, padding=8),
 }
 
 
@@ -143,7 +144,7 @@ def long_tailed_indices(targets: np.ndarray, imbalance: float, num_classes: int)
     available = np.bincount(targets, minlength=num_classes)
     if available.min() == 0:
         raise DataError(f"class {int(available.argmin())} has no training image; every class needs at least one")
-    n_max = len(targets) // num_classes
+    n_max = min(len(targets) // num_classes, int(available.min()))
     counts = long_tailed_counts(n_max, imbalance, num_classes)
     rng = np.random.RandomState(0)
     kept = []

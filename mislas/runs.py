@@ -94,11 +94,11 @@ class Store:
     def get(self, config: RunConfig) -> Record | None:
         """The record of a run, or None if it has not been measured."""
         path = self.find(config)
-        return _read(path) if path.exists() else None
+        return read_record(path) if path.exists() else None
 
     def __iter__(self) -> Iterator[Record]:
         for path in sorted(self.root.glob("*/*.json")):
-            yield _read(path)
+            yield read_record(path)
 
     def checkpoint(self, group: Sequence[RunConfig]) -> Path:
         """Where runs that train together keep their checkpoint: a name that no other group has."""
@@ -163,9 +163,10 @@ class Store:
         return network, head
 
 
-def _read(path: Path) -> Record:
+def read_record(path: Path, text: str | None = None) -> Record:
+    """The record in a file, or in ``text`` that is to become that file; :class:`RecordError` if it is not whole."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text() if text is None else text)
         config = RunConfig.from_json(content["config"])
         record = Record(config, content["metrics"], content["history"], content["provenance"], path)
     except (MislasError, KeyError, TypeError, ValueError) as error:
@@ -207,11 +208,12 @@ def run(
 
 
 def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:
-    """What has to be trained to have these runs: groups that train together, each Stage-1 before what builds on it.
+    """What has to be trained to have these runs: groups that train together, in the order of ``configs``,
+    but each Stage-1 before what builds on it.
 
     Stage-1 is trained if its record is wanted and missing, or if its weights are needed and missing.
     """
-    groups: dict[tuple, dict[str, RunConfig]] = {}
+    groups: dict[tuple[bool, str], dict[str, RunConfig]] = {}
     for config in configs:
         if store.get(config) is not None:
             continue
@@ -220,18 +222,17 @@ def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:
         if first != config and not (store.get(first) and store.find(first, ".safetensors").exists()):
             steps = [first, config]
         for step in steps:
-            key = (step.dataset, step.imbalance, first.id, step.stage2 is not None, step.shared_pass)
-            groups.setdefault(key, {}).setdefault(step.id, step)
-    return [list(group.values()) for _, group in sorted(groups.items())]
+            groups.setdefault((step.stage2 is not None, step.shared_pass), {}).setdefault(step.id, step)
+    return [list(group.values()) for group in groups.values()]
 
 
 def _run_group(group: list[RunConfig], data: Dataset, store: Store, options: Options) -> None:
     first, device = group[0], options.torch_device()
     test = Images(data.test_images, data.spec.mean, data.spec.std, padding=0, device=device)
 
-    def along_the_way(network: nn.Module, head: nn.Module) -> dict[str, float]:
-        (logits,) = predict(network, [head], test)
-        return {"test_accuracy": round(float((logits.argmax(1) == data.test_targets).double().mean()), 4)}
+    def along_the_way(network: nn.Module, heads: Sequence[nn.Module]) -> list[dict[str, float]]:
+        correct = [logits.argmax(1) == data.test_targets for logits in predict(network, heads, test)]
+        return [{"test_accuracy": round(float(c.double().mean()), 4)} for c in correct]
 
     checkpoint = store.checkpoint(group)
     if first.stage2 is None:
@@ -285,7 +286,7 @@ def provenance(data: Dataset, options: Options, seconds: float) -> dict[str, Any
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "mislas": __version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -298,7 +299,10 @@ def provenance(data: Dataset, options: Options, seconds: float) -> dict[str, Any
     }
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name, as records have it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -29,6 +29,10 @@ from .models import GeneralisedClassifier, backbone, init_kaiming
 from .samplers import SAMPLERS
 
 
+class OutOfTime(Exception):
+    """The deadline is near; what was under way has been checkpointed."""
+
+
 @dataclass
 class Options:
     """How to train, as opposed to what: nothing here decides a number (up to the rounding of the device).
@@ -39,6 +43,7 @@ class Options:
         eval_every: epochs between evaluations on the test set along the way; the last epoch is always evaluated.
         checkpoint_every: seconds between checkpoints.
         progress: whether to show a progress bar.
+        deadline: a time of ``time.monotonic()`` before which training stops with :class:`OutOfTime`, checkpointed.
     """
 
     device: str | None = None
@@ -46,6 +51,7 @@ class Options:
     eval_every: int = 10
     checkpoint_every: float = 30.0
     progress: bool = True
+    deadline: float | None = None
 
     def torch_device(self) -> torch.device:
         """The device, or :class:`MislasError` if this machine does not have it."""
@@ -216,7 +222,7 @@ def _loop(
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, configs)
     started = saved = time.monotonic()
-    before = state.seconds
+    before, first_epoch = state.seconds, state.epoch
     bar = tqdm(
         total=stage.epochs * len(data.train_targets), initial=state.epoch * len(data.train_targets), unit="img",
         unit_scale=True, desc=_describe(configs, stage_name), disable=not options.progress,
@@ -258,16 +264,22 @@ def _loop(
                 row["train_loss"] = round(total, 5)
             last = epoch + 1 == stage.epochs
             if evaluate is not None and not last and (epoch + 1) % options.eval_every == 0:
-                for row, head in zip(rows, heads, strict=True):
-                    row |= evaluate(network, head)
+                for row, found in zip(rows, evaluate(network, heads), strict=True):
+                    row |= found
                 network.train(train_backbone or stage.shift_bn)
             for history, row in zip(state.histories, rows, strict=True):
                 history.append(row)
             bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{rows[0]['train_loss']:.3f}", refresh=False)
             state.epoch, state.seconds = epoch + 1, before + time.monotonic() - started
-            if checkpoint is not None and (last or time.monotonic() - saved >= options.checkpoint_every):
+            now = time.monotonic()
+            per_epoch = (now - started) / (epoch + 1 - first_epoch)
+            over = options.deadline is not None and not last and now + 1.2 * per_epoch + 2 > options.deadline
+            if checkpoint is not None and (last or over or now - saved >= options.checkpoint_every):
                 state.save(checkpoint, configs)
-                saved = time.monotonic()
+                saved = now
+            if over:
+                network.eval()
+                raise OutOfTime(f"stopped after epoch {epoch + 1} of {stage.epochs}")
     network.eval()
     return Trained(network, heads, state.histories, state.seconds)
 

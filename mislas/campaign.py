@@ -1,0 +1,249 @@
+"""Fill the store: the wanted runs in order of worth, within a time budget, on whatever machine is at hand.
+
+A campaign can be killed at any moment and goes on where it was. Time often comes in slices on machines that start bare:
+what a slice has made, finished or under way, is packed into one archive and merged into the store elsewhere.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import RunConfig
+from .data import SPECS, long_tailed_counts, write_atomically
+from .errors import MislasError, RecordError
+from .methods import configure
+from .runs import Record, Store, device_name, plan, read_record, run
+from .train import Options, OutOfTime
+
+TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
+
+#: Variants of MiSLAS that cost a few minutes each once Stage-1 is there (Figures 5, 10 and 11, the authors' code).
+GRID = [{"eps_1": a / 10, "eps_k": b / 10} for a in range(6) for b in range(a + 1)]
+FORMS = [{"form": "linear"}, {"form": "convex"}] + [{"form": "power", "power": p} for p in (1 / 3, 0.5, 2.0, 3.0)]
+AUTHORS = [
+    {"smoothing_over": "all"},
+    {"a": 0, "delta": "stage1"},
+    {"stage2.sampler": "class_cyclic"},
+    {"shift_bn": False},
+]
+
+
+def wanted(dataset: str, imbalances: Sequence[float] = (100, 50, 10), seeds: Sequence[int] = (0,)) -> list[RunConfig]:
+    """What the book would like to show of a dataset, most wanted first.
+
+    Table 3's rows at each imbalance factor; the balanced model; the grid and the forms of label-aware smoothing and the
+    authors' variants at the first imbalance factor; then the same for the next seed.
+    """
+    configs = []
+    for seed in seeds:
+        configs += [configure(dataset, method, imbalance, seed) for imbalance in imbalances for method in TABLE_3]
+        configs.append(configure(dataset, "ce", 1, seed))
+        variants = GRID + FORMS + AUTHORS
+        configs += [configure(dataset, "mislas", imbalances[0], seed, changes) for changes in variants]
+    return list({config.id: config for config in configs}.values())
+
+
+def parse_budget(text: str) -> float:
+    """``"90s"``, ``"9m"``, ``"1.5h"`` to seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not match or float(match[1]) == 0:
+        raise MislasError(f"a budget is a number above 0 and a unit, such as 90s, 9m or 1.5h, got {text!r}")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs that train together, and what that costs.
+
+    Attributes:
+        group: the runs.
+        passes: training images through the network, forward and (in Stage-1) backward.
+        seconds: estimated from the store's runs of the same stage, network and device; None if it has none.
+    """
+
+    group: list[RunConfig]
+    passes: int
+    seconds: float | None
+
+    def __str__(self) -> str:
+        first = self.group[0]
+        stage = "stage2" if first.stage2 else "stage1"
+        cost = f"{self.passes:,} images"
+        if self.seconds is not None:
+            cost += f", about {self.seconds / 60:.0f} min"
+        names = [config.method for config in self.group]
+        counts = {name: names.count(name) for name in names}
+        what = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counts.items())
+        return f"{first.dataset} IF={first.imbalance:g} seed {first.seed} {stage}: {what}   ({cost})"
+
+
+def jobs(configs: Iterable[RunConfig], store: Store, options: Options) -> list[Job]:
+    """What :func:`campaign` would do, in order."""
+    rates = _rates(store, options)
+    planned = []
+    for group in plan(configs, store):
+        first = group[0]
+        passes = (first.stage2 or first.stage1).epochs * _images(first)
+        rate = rates.get(_kind(first))
+        planned.append(Job(group, passes, None if rate is None else passes / rate))
+    return planned
+
+
+def _images(config: RunConfig) -> int:
+    spec = SPECS[config.dataset]
+    return sum(long_tailed_counts(spec.train_per_class, config.imbalance, spec.num_classes))
+
+
+def _kind(config: RunConfig) -> tuple:
+    return config.stage2 is None, config.backbone, config.precision, SPECS[config.dataset].size
+
+
+def _rates(store: Store, options: Options) -> dict[tuple, float]:
+    here, rates = device_name(options.torch_device()), {}
+    for record in store:
+        if record.provenance["device"] == here and record.provenance["seconds"] > 0:
+            stage = record.config.stage2 or record.config.stage1
+            images = sum(record.provenance["class_counts"]) * stage.epochs
+            rates[_kind(record.config)] = images / record.provenance["seconds"]
+    return rates
+
+
+def campaign(
+    configs: Sequence[RunConfig], store: Store, data_root: str | None, options: Options, budget: float | None = None
+) -> bool:
+    """Train what is missing, in order, until it is done or the budget is spent.
+
+    Args:
+        budget: seconds; training stops, checkpointed, before they are over (by the length of the epochs seen so far).
+
+    Returns:
+        Whether everything wanted is in the store.
+    """
+    if budget is not None:
+        options = replace(options, deadline=time.monotonic() + budget)
+    try:
+        run(configs, store, data_root, options)
+    except OutOfTime:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------- pack and merge
+
+_MEMBER = re.compile(r"[\w.-]+/[\w.-]+\.(json|npz|safetensors|ckpt)")
+
+
+def files(store: Store) -> set[Path]:
+    """Every file of a store, relative to its root."""
+    return {path.relative_to(store.root) for path in store.root.glob("*/*") if _MEMBER.fullmatch(_member(store, path))}
+
+
+def _member(store: Store, path: Path) -> str:
+    return path.relative_to(store.root).as_posix()
+
+
+def pack(store: Store, archive: Path, before: set[Path] = frozenset()) -> int:
+    """Write the files that were not there ``before``, and every checkpoint, into a tar. Returns their number."""
+    chosen = sorted(path for path in files(store) if path not in before or path.suffix == ".ckpt")
+
+    def write(handle: io.BufferedWriter) -> None:
+        with tarfile.open(fileobj=handle, mode="w") as tar:
+            for path in chosen:
+                tar.add(store.root / path, arcname=path.as_posix())
+
+    write_atomically(archive, write)
+    return len(chosen)
+
+
+def merge(archive: Path, store: Store) -> list[Record]:
+    """Add what an archive holds to a store. All of it is checked first: one flaw, and nothing is added.
+
+    A run that is there already stays as it is, and must agree in configuration and measures. Of two checkpoints of the
+    same runs the one further on is kept.
+
+    Returns:
+        The records added.
+
+    Raises:
+        RecordError: damage, a member that does not belong in a store, or a conflict.
+    """
+    content = _read_archive(archive)
+    incoming = Store(Path("archive"))
+    runs: dict[str, Record] = {}
+    for name, data in content.items():
+        if name.endswith(".json"):
+            record = read_record(incoming.root / name, data.decode(errors="replace"))
+            runs[name.removesuffix(".json")] = record
+            if f"{name.removesuffix('.json')}.npz" not in content:
+                raise RecordError(f"{archive}: {name} comes without its .npz; pack it again")
+    for name, data in content.items():
+        stem, _, suffix = name.rpartition(".")
+        if suffix == "npz" and stem not in runs:
+            raise RecordError(f"{archive}: {name} comes without its record; pack it again")
+        if suffix == "npz":
+            _check_arrays(f"{archive}: {name}", data, runs[stem])
+    added = []
+    for stem, record in runs.items():
+        existing = store.get(record.config)
+        if existing is None:
+            added.append(stem)
+        elif existing.metrics != record.metrics:
+            raise RecordError(
+                f"{archive}: run {record.config.id} is in the store with other measures; keep one: delete "
+                f"{existing.path} to take the archive's, or leave the archive alone"
+            )
+    for name, data in content.items():  # weights and arrays before records: what has a record is complete
+        stem, _, suffix = name.rpartition(".")
+        target = store.root / name
+        if (
+            (suffix == "safetensors" and not target.exists())
+            or (suffix == "npz" and stem in added)
+            or (suffix == "ckpt" and _epoch(data, f"{archive}: {name}") > _stored_epoch(target))
+        ):
+            write_atomically(target, lambda handle, data=data: handle.write(data))
+    for stem in added:
+        write_atomically(store.root / f"{stem}.json", lambda handle, s=stem: handle.write(content[f"{s}.json"]))
+    return [read_record(store.root / f"{stem}.json") for stem in added]
+
+
+def _read_archive(archive: Path) -> dict[str, bytes]:
+    content = {}
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if not member.isfile() or not _MEMBER.fullmatch(member.name) or member.name.startswith("."):
+                    raise RecordError(f"{archive}: {member.name!r} does not belong in a store")
+                content[member.name] = tar.extractfile(member).read()
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise RecordError(f"{archive} cannot be read ({error}); copy or pack it again") from error
+    return content
+
+
+def _check_arrays(name: str, data: bytes, record: Record) -> None:
+    try:
+        with np.load(io.BytesIO(data)) as arrays:
+            accuracy = float((arrays["target"] == arrays["predicted"]).mean())
+    except Exception as error:
+        raise RecordError(f"{name} is damaged ({type(error).__name__}); copy or pack it again") from error
+    if abs(accuracy - record.metrics["accuracy"]) > 1e-5:
+        raise RecordError(f"{name} gives accuracy {accuracy:.4f}, its record says {record.metrics['accuracy']:.4f}")
+
+
+def _epoch(data: bytes, name: str) -> int:
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)["epoch"]
+    except Exception as error:
+        raise RecordError(f"{name} is damaged ({type(error).__name__}); copy or pack it again") from error
+
+
+def _stored_epoch(path: Path) -> int:
+    return _epoch(path.read_bytes(), str(path)) if path.exists() else -1

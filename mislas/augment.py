@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import MislasError
+
 
 class Images:
     """Images resident on a device as uint8; a batch is gathered, cropped, flipped and normalised in one go.
@@ -15,9 +17,19 @@ class Images:
         mean, std: per-channel statistics of pixel values in 0..1.
         padding: width of the black border from which random crops are taken, in pixels.
         device: where images live.
+
+    Raises:
+        MislasError: another shape or dtype.
     """
 
     def __init__(self, images: Tensor, mean, std, *, padding: int, device: torch.device | str = "cpu"):
+        if (
+            images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[1] != images.shape[2]
+            or images.shape[3] != 3
+        ):
+            raise MislasError(f"images must be uint8 (N, H, H, 3), got {images.dtype} {tuple(images.shape)}")
         self.size = images.shape[1]
         self.padding = padding
         self.padded = F.pad(images, (0, 0, padding, padding, padding, padding)).to(device)

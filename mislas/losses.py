@@ -80,6 +80,8 @@ def label_aware_smoothing(factors: Tensor, *, over: str = "others") -> Loss:
     # Equation (1) moves eps_y * K / (K - 1) from the one-hot label to the uniform distribution over all K classes.
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.ndim != 2 or logits.shape[1] != num_classes:
+            raise MislasError(f"logits must be (B, {num_classes}), one per class, got {tuple(logits.shape)}")
         log_p = F.log_softmax(logits, dim=1)
         eps = share.to(log_p)[targets]
         own = log_p.gather(1, targets[:, None]).squeeze(1)

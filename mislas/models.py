@@ -76,14 +76,14 @@ class GeneralisedClassifier(nn.Module):
 
     The bias is W's weight on a constant feature 1, so ``z = s * ((a W + dW) x + (a b + db))``.
 
-    ========================  ===  ===========  =========  =======================================
-    classifier                 a    learn_scale  delta      learned
-    ========================  ===  ===========  =========  =======================================
-    cRT (Kang et al., 2020)    0    no           "fresh"    a new classifier
-    LWS (Kang et al., 2020)    1    yes          None       one scale per class
-    MiSLAS, equation (4)       1    yes          "zeros"    scales, and a shift of W at its own rate
-    MiSLAS, authors' code      0    yes          "stage1"   scales, and W itself at its own rate
-    ========================  ===  ===========  =========  =======================================
+    =======================  ===  ===========  ========  =======================================
+    classifier               a    learn_scale  delta     learned
+    =======================  ===  ===========  ========  =======================================
+    cRT (Kang et al., 2020)  0    no           "fresh"   a new classifier
+    LWS (Kang et al., 2020)  1    yes          None      one scale per class
+    MiSLAS, equation (4)     1    yes          "zeros"   scales, and a shift of W at its own rate
+    MiSLAS, authors' code    0    yes          "stage1"  scales, and W itself at its own rate
+    =======================  ===  ===========  ========  =======================================
 
     The last row is the same function with W and dW merged, so that weight decay acts on W + dW.
 

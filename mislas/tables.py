@@ -41,10 +41,9 @@ class Table:
 
     def _repr_html_(self) -> str:
         body = self.frame.to_html(classes="mislas-table", border=0, justify="center", sparsify=True)
-        caption = f"<caption>{_inline(self.caption)}</caption>"
-        body = body.replace("<thead>", caption + "<thead>", 1)
         notes = "".join(f'<p class="mislas-note">{_inline(note)}</p>' for note in self.notes)
-        return f'<div class="mislas-scroll">{body}</div>{notes}'
+        caption = f'<p class="mislas-caption">{_inline(self.caption)}</p>'
+        return f'{caption}<div class="mislas-scroll">{body}</div>{notes}'
 
     def to_markdown(self) -> str:
         """A GitHub table with one header row, then the notes."""
@@ -117,7 +116,7 @@ def compare(
             numbers = [published(method, imbalance) for method in rows]
             columns[head, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
         columns[head, study.kind] = accuracy
-        columns[head, f"ECE, {study.kind}"] = ece
+        columns[head, "ECE"] = ece
         if missing:
             notes.append(f"[{mark}] `{study.command(dataset, missing, imbalance)}`")
     names = {name: method.title for name, method in METHODS.items()} | (titles or {})
@@ -131,7 +130,9 @@ def compare(
     else:
         used = sorted({record.config.dataset for record in shown})
         on = f"measured on {', '.join(used)}" if used else "nothing measured yet"
-        caption = f"Top-1 accuracy and ECE (%), {paper.DATASETS.get(dataset, dataset)}: paper, and {on}."
+        caption = (
+            f"Top-1 accuracy (%), {paper.DATASETS.get(dataset, dataset)}: paper, and {on}, with the measured ECE (%)."
+        )
         notes.append(study.provenance(shown))
     return Table(frame, caption, notes)
 

@@ -169,12 +169,13 @@ def read_record(path: Path, text: str | None = None) -> Record:
         content = json.loads(path.read_text() if text is None else text)
         config = RunConfig.from_json(content["config"])
         record = Record(config, content["metrics"], content["history"], content["provenance"], path)
+        identity = content["id"]
     except (MislasError, KeyError, TypeError, ValueError) as error:
         raise RecordError(
             f"record {path} cannot be read ({type(error).__name__}: {error}); restore it, or delete it to run again"
         ) from error
-    if content["id"] != config.id:
-        raise RecordError(f"record {path} was changed: its configuration has identity {config.id}, not {content['id']}")
+    if identity != config.id:
+        raise RecordError(f"record {path} was changed: its configuration has identity {config.id}, not {identity}")
     return record
 
 

@@ -225,8 +225,8 @@ def _loop(
     before, first_epoch = state.seconds, state.epoch
     bar = tqdm(
         total=stage.epochs * len(data.train_targets), initial=state.epoch * len(data.train_targets), unit="img",
-        unit_scale=True, desc=_describe(configs, stage_name), disable=not options.progress,
-        mininterval=1.0, leave=False,
+        unit_scale=True, desc=_describe(configs, stage_name), mininterval=1.0, leave=False,
+        **({} if options.progress else {"disable": True}),  # not said otherwise, TQDM_DISABLE has its way
     )  # fmt: skip
     with bar:
         for epoch in range(state.epoch, stage.epochs):

@@ -1,0 +1,373 @@
+import io
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import cifar
+
+from mislas import data
+from mislas.data import SPECS, Spec, available, groups, load, long_tailed_counts, long_tailed_indices, write_atomically
+from mislas.errors import DataError, MislasError
+
+CIFAR10_LT_100 = (5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50)
+
+
+# ---------------------------------------------------------------------------------------------- the long-tailed cut
+
+
+def test_cifar10_lt_at_100_has_the_counts_of_the_literature():
+    counts = long_tailed_counts(5000, 100, 10)
+    assert counts == CIFAR10_LT_100
+    assert sum(counts) == 12406
+
+
+def test_cifar100_lt_at_100_has_10847_images():
+    counts = long_tailed_counts(500, 100, 100)
+    assert sum(counts) == 10847
+    assert (counts[0], counts[-1]) == (500, 5)
+
+
+def test_factor_1_keeps_every_image_of_a_balanced_set():
+    targets = np.tile(np.arange(4), 25)
+    assert long_tailed_counts(25, 1, 4) == (25,) * 4
+    assert sorted(long_tailed_indices(targets, 1, 4)) == list(range(100))
+
+
+@pytest.mark.parametrize("imbalance", [0.5, 0, -1, float("nan"), float("inf")])
+def test_an_impossible_factor_is_refused_in_one_line(imbalance):
+    with pytest.raises(MislasError, match="finite number >= 1") as caught:
+        long_tailed_counts(5000, imbalance, 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_factor_that_empties_a_class_is_refused():
+    with pytest.raises(MislasError, match=r"leaves class 9 with no image .* at most 50"):
+        long_tailed_counts(50, 60, 10)
+
+
+def test_a_class_without_images_is_refused():
+    with pytest.raises(DataError, match="class 1 has no training image"):
+        long_tailed_indices(np.array([0, 0, 2, 2]), 1, 3)
+
+
+def cut_like_cao(targets, imb_factor, cls_num):
+    """What IMBALANCECIFAR10 of Cao et al. (2019) does, in its own steps; imb_factor is 1 / IF."""
+    img_max = len(targets) / cls_num
+    rng, new_data = np.random.RandomState(0), []
+    for the_class in np.unique(targets):
+        the_img_num = int(img_max * (imb_factor ** (the_class / (cls_num - 1.0))))
+        idx = np.where(targets == the_class)[0]
+        rng.shuffle(idx)
+        new_data.extend(idx[:the_img_num])
+    return new_data
+
+
+@pytest.mark.parametrize("imbalance", [10, 50, 100])
+def test_the_cut_is_that_of_cao(imbalance):
+    targets = np.random.RandomState(1).permutation(np.repeat(np.arange(10), 200))
+    assert long_tailed_indices(targets, imbalance, 10).tolist() == cut_like_cao(targets, 1 / imbalance, 10)
+
+
+def test_groups_end_at_100_and_20_images():
+    assert groups((101, 100, 20, 19)) == {"many": [0], "medium": [1, 2], "few": [3]}
+
+
+def test_a_group_may_be_empty():
+    assert groups([200, 300]) == {"many": [0, 1], "medium": [], "few": []}
+
+
+# ----------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digits_need_no_files_and_are_long_tailed():
+    digits = load("digits", imbalance=10)
+    assert digits.train_images.shape == (sum(digits.class_counts), 16, 16, 3)
+    assert digits.class_counts == tuple(int(124 * 0.1 ** (k / 9)) for k in range(10))
+    assert torch.bincount(digits.test_targets).tolist() == [50] * 10
+    assert available("digits", "/nowhere")
+
+
+def test_digits_are_scikit_learns_and_no_image_is_in_both_splits():
+    from sklearn.datasets import load_digits
+
+    digits = load("digits", imbalance=1)
+    originals = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
+    known = {image.tobytes() for image in originals}
+    splits = (digits.train_images, digits.test_images)
+    train, test = ([image.tobytes() for image in images[:, ::2, ::2, 0].numpy()] for images in splits)
+    assert known.issuperset(train + test)
+    assert not set(train) & set(test)
+
+
+def test_a_suffix_lt_names_the_same_dataset():
+    assert load("digits-lt", imbalance=10).name == "digits"
+    assert load("DIGITS-LT", imbalance=10).checksum == load("digits", imbalance=10).checksum
+
+
+def test_the_checksum_sees_one_pixel(digits):
+    before = digits.checksum
+    other = load("digits", imbalance=50)
+    assert other.checksum == before
+    changed = load("digits", imbalance=50)
+    changed.train_images[0, 0, 0, 0] ^= 1
+    assert changed.checksum != before
+
+
+def test_an_unknown_dataset_lists_the_known_ones():
+    with pytest.raises(MislasError, match=r"unknown dataset 'cifar1O'; did you mean 'cifar10'.*tinyimagenet64"):
+        load("cifar1O")
+
+
+# ------------------------------------------------------------------------------------------------------ image trees
+
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture
+def root(monkeypatch, tmp_path):
+    """A folder with the image tree of ``tiny``, a dataset of 3 classes, 6 + 2 JPEGs of 8x8 pixels each."""
+    monkeypatch.setitem(SPECS, "tiny", Spec("Tiny", 3, 8, 6))
+    monkeypatch.setenv("MISLAS_CACHE", str(tmp_path / "cache"))
+    data._tree.cache_clear()
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        for name in CLASSES:
+            folder = tmp_path / "data" / "tiny" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
+    yield tmp_path / "data"
+    data._tree.cache_clear()
+
+
+def pack(root, suffix, prefix=""):
+    """Replace the tree by an archive of it."""
+    archive = root / f"tiny{suffix}"
+    with tarfile.open(archive, f"w:{suffix.removeprefix('.tar').removeprefix('.')}") as tar:
+        for path in sorted((root / "tiny").rglob("*"), reverse=True):
+            tar.add(path, f"{prefix}{path.relative_to(root / 'tiny')}", recursive=False)
+    shutil.rmtree(root / "tiny")
+    return archive
+
+
+def assert_same(one, two):
+    assert one.class_names == two.class_names
+    for name in ("train_images", "train_targets", "test_images", "test_targets"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+
+
+def test_a_tree_gives_its_pixels_with_classes_in_order_of_name(root):
+    tiny = load("tiny", root, imbalance=1)
+    assert tiny.class_names == CLASSES
+    assert tiny.class_counts == (6, 6, 6)
+    assert tiny.test_targets.tolist() == [0, 0, 1, 1, 2, 2]
+    files = [root / "tiny" / "test" / name / f"{i}.jpg" for name in CLASSES for i in range(2)]
+    assert np.array_equal(tiny.test_images, [np.asarray(Image.open(file)) for file in files])
+
+
+@pytest.mark.parametrize("prefix", ["", "./"])
+@pytest.mark.parametrize("suffix", [".tar.xz", ".tar.gz", ".tar"])
+def test_an_archive_gives_the_same_dataset_as_the_folder(root, suffix, prefix):
+    folder = load("tiny", root, imbalance=3)
+    pack(root, suffix, prefix)
+    data._tree.cache_clear()
+    archive = load("tiny", root, imbalance=3)
+    assert_same(folder, archive)
+    assert folder.checksum == archive.checksum
+    assert sorted(p.name for p in root.iterdir()) == [f"tiny{suffix}"]
+
+
+def test_decoded_images_come_from_the_cache_the_second_time(root, monkeypatch):
+    first = load("tiny", root, imbalance=1)
+    data._tree.cache_clear()
+    monkeypatch.setattr(data, "_decode_tree", None)
+    assert_same(first, load("tiny", root, imbalance=1))
+
+
+def test_a_damaged_cache_is_ignored_and_mended(root, tmp_path):
+    first = load("tiny", root, imbalance=1)
+    (cached,) = (tmp_path / "cache").iterdir()
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[: len(whole) // 2])
+    data._tree.cache_clear()
+    assert_same(first, load("tiny", root, imbalance=1))
+    assert cached.stat().st_size == len(whole)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(root, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MISLAS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.warns(UserWarning, match="could not be cached.*MISLAS_CACHE"):
+        assert load("tiny", root, imbalance=1).class_counts == (6, 6, 6)
+
+
+def test_a_changed_tree_is_decoded_again(root):
+    before = load("tiny", root, imbalance=1)
+    Image.new("RGB", (8, 8)).save(root / "tiny" / "test" / "ant" / "0.jpg")
+    data._tree.cache_clear()
+    after = load("tiny", root, imbalance=1)
+    assert not torch.equal(before.test_images[0], after.test_images[0])
+    assert after.test_images[0].sum() == 0
+
+
+def truncate_archive(root):
+    archive = pack(root, ".tar.xz")
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+
+
+def truncate_image(root):
+    path = root / "tiny" / "train" / "bee" / "3.jpg"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def undecodable_image(root):
+    (root / "tiny" / "train" / "bee" / "3.jpg").write_bytes(b"not an image")
+
+
+def wrong_size(root):
+    Image.new("RGB", (9, 8)).save(root / "tiny" / "test" / "bee" / "1.jpg")
+
+
+def class_missing_in_test(root):
+    shutil.rmtree(root / "tiny" / "test" / "cat")
+
+
+def one_class_less(root):
+    for split in ("train", "test"):
+        shutil.rmtree(root / "tiny" / split / "cat")
+
+
+def no_files(root):
+    shutil.rmtree(root / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "message"),
+    [
+        pytest.param(*case, id=case[0].__name__)
+        for case in (
+            (truncate_archive, "tiny.tar.xz", "is damaged near .*fetch the file again"),
+            (truncate_image, "train/bee/3.jpg", "is damaged near"),
+            (undecodable_image, "train/bee/3.jpg", "is damaged near"),
+            (wrong_size, "test/bee/1.jpg", "is 9x8 pixels, not 8x8"),
+            (class_missing_in_test, "data/tiny", "class 'cat' has no image in train/ or in test/"),
+            (one_class_less, "data/tiny", "has 2 classes under train/; 'tiny' has 3"),
+            (no_files, "tiny/train/<class>/*", "no images for 'tiny' under .* or one of tiny.tar.xz"),
+        )
+    ],
+)
+def test_bad_files_are_one_line_that_names_the_file(root, tmp_path, damage, file, message):
+    damage(root)
+    with pytest.raises(DataError, match=message) as caught:
+        load("tiny", root, imbalance=1)
+    assert file in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="tarfile's reason has several lines")
+def test_a_file_that_is_no_archive_is_one_line(root):
+    pack(root, ".tar.gz").write_bytes(b"<html>404</html>")
+    with pytest.raises(DataError, match=r"tiny\.tar\.gz is damaged near its beginning") as caught:
+        load("tiny", root, imbalance=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tree_needs_data_root():
+    with pytest.raises(DataError, match=r"'cifar10-jpeg' needs data_root.*'digits' needs none"):
+        load("cifar10-jpeg")
+
+
+def test_availability_of_a_tree(root):
+    assert available("tiny", root)
+    assert not available("tiny", root / "elsewhere")
+
+
+def test_members_outside_an_archive_are_written_nowhere(root, tmp_path):
+    archive = pack(root, ".tar")
+    with tarfile.open(archive, "a") as tar:
+        for name in ("../evil.jpg", "../train/evil.jpg", f"{tmp_path}/evil.jpg", "../../train/ant/evil.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 4
+            tar.addfile(info, io.BytesIO(b"evil"))
+    assert load("tiny", root, imbalance=1).class_counts == (6, 6, 6)
+    assert not list(Path(tmp_path).rglob("*evil*"))
+
+
+@pytest.mark.xfail(strict=True, reason="a plain tar cut within a header reads like a shorter tar")
+def test_a_plain_tar_cut_within_a_header_is_damaged(root):
+    archive = pack(root, ".tar")
+    with tarfile.open(archive) as tar:
+        last = [member for member in tar if member.isfile()][-1]
+    archive.write_bytes(archive.read_bytes()[: last.offset + 100])
+    with pytest.raises(DataError, match="damaged"):
+        load("tiny", root, imbalance=1)
+
+
+# ------------------------------------------------------------------------------------------------ torchvision's files
+
+
+@pytest.fixture
+def cifar10(monkeypatch, tmp_path):
+    """A folder with files in the format of CIFAR-10's, ten images each, whose MD5 is not looked at."""
+    monkeypatch.setattr(cifar, "check_integrity", lambda *_: True)
+    data._torchvision.cache_clear()
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        content = {"data": rng.integers(256, size=(10, 3072), dtype=np.uint8), "labels": rng.permutation(10).tolist()}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"name{k}" for k in range(10)]}))
+    yield tmp_path
+    data._torchvision.cache_clear()
+
+
+def test_torchvisions_cifar10_is_read(cifar10):
+    dataset = load("cifar10", cifar10, imbalance=1)
+    assert dataset.class_counts == (5,) * 10
+    assert dataset.class_names == tuple(f"name{k}" for k in range(10))
+    content = pickle.loads((cifar10 / "cifar-10-batches-py" / "test_batch").read_bytes())
+    assert dataset.test_targets.tolist() == content["labels"]
+    planes = dataset.test_images.permute(0, 3, 1, 2).reshape(10, 3072)  # the format has channels first
+    assert np.array_equal(planes, content["data"])
+    assert available("cifar10", cifar10)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_missing_cifar_says_what_to_do_in_one_line(name, tmp_path):
+    with pytest.raises(DataError, match=f"cannot read {name} under .*--download, or .*'{name}-jpeg'") as caught:
+        load(name, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not available(name, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------- atomic writes
+
+
+def test_a_write_replaces_the_file_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "file"
+    for text in (b"one", b"two"):
+        write_atomically(path, lambda handle, text=text: handle.write(text))
+        assert path.read_bytes() == text
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_write_that_fails_midway_changes_nothing(tmp_path, before):
+    path = tmp_path / "file"
+    if before:
+        path.write_bytes(before)
+
+    def write(handle):
+        handle.write(b"half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_atomically(path, write)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({"file": before} if before else {})

@@ -1,0 +1,379 @@
+import json
+import shutil
+from dataclasses import replace
+from datetime import datetime
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score
+from torch import nn
+from torchmetrics.functional.classification import binary_calibration_error
+
+from mislas import runs
+from mislas.augment import Images
+from mislas.data import Dataset, load
+from mislas.errors import RecordError
+from mislas.evaluate import predict
+from mislas.methods import configure
+from mislas.models import backbone
+from mislas.runs import Store, finish, plan, run
+from mislas.train import Options, Trained
+
+QUICK = {"epochs": 3, "stage2.epochs": 2}
+OPTIONS = Options(device="cpu", progress=False)
+
+
+def config(method, seed=0, **changes):
+    return configure("digits", method, 50, seed, QUICK | changes)
+
+
+CE, LWS = config("ce"), config("lws")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A store with CE and LWS, to read from."""
+    store = Store(tmp_path_factory.mktemp("full"))
+    run([CE, LWS], store, options=OPTIONS)
+    return store
+
+
+@pytest.fixture
+def store(full, tmp_path):
+    """A copy of it, to change."""
+    return Store(shutil.copytree(full.root, tmp_path / "store"))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what is trained: a list of ("stage1" or "stage2", methods)."""
+    made, one, two = [], runs.train_stage1, runs.train_stage2
+
+    def train_stage1(config, *rest):
+        made.append(("stage1", [config.method]))
+        return one(config, *rest)
+
+    def train_stage2(configs, *rest):
+        made.append(("stage2", [config.method for config in configs]))
+        return two(configs, *rest)
+
+    monkeypatch.setattr(runs, "train_stage1", train_stage1)
+    monkeypatch.setattr(runs, "train_stage2", train_stage2)
+    return made
+
+
+def contents(store):
+    return {path.relative_to(store.root): path.read_bytes() for path in store.root.rglob("*") if path.is_file()}
+
+
+# --------------------------------------------------------------------------------------------------- what is trained
+
+
+def test_a_configuration_never_trains_twice(store, calls):
+    before = contents(store)
+    again = run([CE, LWS, CE], store, options=OPTIONS)
+    assert calls == []
+    assert [record.config for record in again] == [CE, LWS, CE]
+    assert contents(store) == before
+
+
+def test_a_configuration_under_another_name_is_the_same_run(store, calls):
+    renamed = replace(LWS, method="ours")
+    assert run(renamed, store, options=OPTIONS)[0].path == store.get(LWS).path
+    assert calls == []
+
+
+def test_stage1_is_trained_once_and_stage2_runs_share_a_pass(tmp_path, calls):
+    store = Store(tmp_path)
+    records = run([config("crt", epochs=1), config("lws", epochs=1)], store, options=OPTIONS)
+    assert calls == [("stage1", ["ce"]), ("stage2", ["crt", "lws"])]
+    assert [record.config.method for record in records] == ["crt", "lws"]
+    assert store.get(config("ce", epochs=1)) is not None
+    run(config("lws+las", epochs=1), store, options=OPTIONS)
+    assert calls[2:] == [("stage2", ["lws+las"])]
+
+
+def test_stage1_comes_before_what_builds_on_it():
+    assert plan([LWS, config("mixup"), config("crt"), config("mislas")], Store("/nowhere")) == [
+        [CE],
+        [LWS, config("crt")],
+        [config("mixup")],
+        [config("mislas")],
+    ]
+
+
+def test_stage1_is_trained_again_where_only_its_weights_are_missing(store, calls):
+    store.find(CE, ".safetensors").unlink()
+    before = contents(store)
+    run(config("crt"), store, options=OPTIONS)
+    assert calls == [("stage1", ["ce"]), ("stage2", ["crt"])]
+    assert {path: contents(store)[path] for path in before} == before
+
+
+class KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("batches", [15, 50], ids=["in stage 1", "in stage 2"])
+def test_a_killed_run_resumes_to_the_same_result(full, tmp_path, monkeypatch, batches):
+    whole, seen, store = Images.batch, [], Store(tmp_path)
+
+    def batch(self, *arguments):
+        seen.append(1)
+        if len(seen) > batches:
+            raise KilledError
+        return whole(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Images, "batch", batch)
+        with pytest.raises(KilledError):
+            run([CE, LWS], store, options=replace(OPTIONS, checkpoint_every=0))
+    (checkpoint,) = store.under_way()
+    in_stage1 = batches == 15
+    assert checkpoint.name.startswith("ce" if in_stage1 else "lws")
+    assert (store.get(CE) is None) == in_stage1
+    assert store.get(LWS) is None
+    for got in run([CE, LWS], store, options=OPTIONS):
+        expected = full.get(got.config)
+        assert got.metrics == expected.metrics
+        assert got.history == expected.history
+        for name, array in expected.arrays().items():
+            assert np.array_equal(got.arrays()[name], array), name
+    assert store.under_way() == []
+    assert contents(store).keys() == contents(full).keys()
+
+
+# ---------------------------------------------------------------------------------------------------- what is stored
+
+
+@pytest.mark.parametrize("which", [CE, LWS], ids=["ce", "lws"])
+def test_a_records_measures_follow_from_its_predictions(full, digits, which):
+    record = full.get(which)
+    predictions = record.predictions()
+    assert np.array_equal(predictions.target, digits.test_targets)
+    assert record.metrics["accuracy"] == pytest.approx(accuracy_score(predictions.target, predictions.predicted))
+    counts = np.bincount(digits.train_targets)
+    for name, classes in (("many", counts > 100), ("medium", (counts >= 20) & (counts <= 100)), ("few", counts < 20)):
+        inside = classes[predictions.target]
+        expected = accuracy_score(predictions.target[inside], predictions.predicted[inside])
+        assert record.metrics[f"accuracy_{name}"] == pytest.approx(expected, abs=1e-6)
+    confidence, correct = torch.from_numpy(predictions.confidence), torch.from_numpy(predictions.correct).long()
+    ece = binary_calibration_error(confidence, correct, n_bins=15).item()
+    assert record.metrics["ece"] == pytest.approx(ece, abs=1e-4)
+    assert record.metrics["confidence"] == pytest.approx(predictions.confidence.mean(), abs=1e-4)
+    right = predictions.correct
+    np.testing.assert_array_equal(predictions.confidence[right], predictions.true_probability[right])
+
+
+def test_a_record_says_where_its_numbers_come_from(full, digits):
+    source = full.get(LWS).provenance
+    assert source["data"] == "digits"
+    assert source["data_checksum"] == digits.checksum
+    assert source["class_counts"] == list(digits.class_counts)
+    assert source["torch"] == torch.__version__
+    assert source["numpy"] == np.__version__
+    assert source["seconds"] > 0
+    assert "CPU" in source["device"]
+    assert datetime.fromisoformat(source["date"]).utcoffset() is not None
+    assert {"commit", "mislas", "python", "threads", "compile"} <= source.keys()
+
+
+def test_a_record_is_json_with_the_configuration_identity_and_history(full):
+    content = json.loads(full.get(LWS).path.read_text())
+    assert content["id"] == LWS.id
+    assert content["config"]["stage2"]["learn_scale"] is True
+    assert [row["epoch"] for row in content["history"]] == [1, 2]
+    assert content["history"][-1]["test_accuracy"] == round(content["metrics"]["accuracy"], 4)
+
+
+def test_norms_are_those_of_the_stored_classifier(full):
+    _, head = full.get_weights(CE, 10)
+    norms = np.linalg.norm(head.weight.detach().numpy(), axis=1)
+    np.testing.assert_allclose(full.get(CE).arrays()["weight_norm"], norms, rtol=1e-6)
+
+
+def test_batch_norm_statistics_are_those_of_the_stored_backbone(full):
+    network, _ = full.get_weights(CE, 10)
+    arrays = full.get(CE).arrays()
+    np.testing.assert_array_equal(arrays["bn_first_mean"], network.bn.running_mean)
+    np.testing.assert_array_equal(arrays["bn_last_var"], network.blocks[-1].bn2.running_var)
+
+
+def test_stored_weights_give_the_recorded_predictions_exactly(full, digits):
+    network, head = full.get_weights(CE, 10)
+    test = Images(digits.test_images, digits.spec.mean, digits.spec.std, padding=0)
+    (logits,) = predict(network.to(memory_format=torch.channels_last), [head], test)
+    p = logits.double().softmax(1).numpy()
+    stored = full.get(CE).arrays()
+    assert np.array_equal(p.argmax(axis=1), stored["predicted"])
+    assert np.array_equal(np.rint(p.max(axis=1) * 65535), stored["confidence"])
+
+
+def test_weights_come_back_as_they_were_put(digits, options, tmp_path):
+    store, trained = Store(tmp_path), runs.train_stage1(config("ce", epochs=1), digits, options)
+    store.put_weights(CE, trained.backbone, trained.heads[0])
+    network, head = store.get_weights(CE, 10)
+    x = torch.randn(5, 3, 16, 16).to(memory_format=torch.channels_last)
+    network = network.to(memory_format=torch.channels_last).eval()
+    assert torch.equal(head(network(x)), trained.heads[0](trained.backbone(x)))
+    assert network.conv.weight.dtype == torch.float32
+
+
+def test_resnet32s_weights_take_under_1_mb(tmp_path):
+    store = Store(tmp_path)
+    store.put_weights(CE, backbone("resnet32"), nn.Linear(64, 100))
+    assert store.find(CE, ".safetensors").stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize(("dataset", "classes"), [("cifar10", 10), ("cifar100", 100), ("tinyimagenet32", 200)])
+def test_ten_thousand_predictions_take_under_100_kb(tmp_path, monkeypatch, dataset, classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(10_000, classes, generator=generator)
+    targets = torch.randint(classes, (10_000,), generator=generator)
+    pixels = torch.zeros(10_000, 1, 1, 3, dtype=torch.uint8)
+    data = Dataset(dataset, 1, pixels[:classes], torch.arange(classes), pixels, targets, ())
+    monkeypatch.setattr(runs, "predict", lambda *_: [logits])
+    which, store = configure(dataset, "ce", 1), Store(tmp_path)
+    finish([which], Trained(backbone("resnet8"), [nn.Linear(64, classes)], [[{}]], 1.0), data, None, store, OPTIONS)
+    record = store.get(which)
+    assert record.path.with_suffix(".npz").stat().st_size < 100_000
+    assert np.array_equal(record.predictions().predicted, logits.argmax(1))
+    np.testing.assert_allclose(record.predictions().confidence, logits.softmax(1).amax(1), atol=1e-5)
+
+
+def test_putting_a_run_that_is_there_changes_nothing(store):
+    before, record = contents(store), store.get(CE)
+    returned = store.put(CE, {"accuracy": 0.0}, [], {}, {})
+    assert returned.metrics == record.metrics
+    assert contents(store) == before
+
+
+def test_a_failed_write_leaves_no_record(tmp_path):
+    store = Store(tmp_path)
+    with pytest.raises(TypeError):
+        store.put(CE, {"accuracy": 0.5}, [], {"x": np.zeros(3)}, {"not": {"json"}})
+    assert store.get(CE) is None
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_store_lists_its_records(full):
+    assert [record.config for record in full] == [CE, LWS]
+    assert list(Store(full.root / "nothing")) == []
+
+
+def test_groups_have_checkpoints_of_their_own(full):
+    groups = ([LWS], [config("crt")], [LWS, config("crt")], [LWS, config("lws+las")], [replace(LWS, seed=1)])
+    assert len({full.checkpoint(group) for group in groups}) == len(groups)
+
+
+# ------------------------------------------------------------------------------------------------------------ damage
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path):
+    path.write_text(path.read_text().replace('"lr": 0.1', '"lr": 0.2'))
+
+
+def rename_field(path):
+    path.write_text(path.read_text().replace('"momentum"', '"momentun"'))
+
+
+def drop_metrics(path):
+    path.write_text(path.read_text().replace('"metrics"', '"measures"'))
+
+
+def drop_id(path):
+    path.write_text(path.read_text().replace('"id"', '"identity"'))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, "cannot be read .*restore it, or delete it to run again"),
+        (empty, "cannot be read .*restore it, or delete it to run again"),
+        (rename_field, "cannot be read .*momentun.*restore it, or delete it"),
+        (drop_metrics, "cannot be read .*metrics.*restore it, or delete it"),
+        (edit, f"was changed: its configuration has identity .* not {CE.id}"),
+        (drop_id, "cannot be read .*restore it, or delete it"),
+    ],
+)
+def test_a_damaged_record_is_refused_in_one_line_and_never_overwritten(store, calls, damage, message):
+    path = store.get(CE).path
+    damage(path)
+    before = contents(store)
+    for attempt in (
+        lambda: store.get(CE),
+        lambda: list(store),
+        lambda: run([CE], store, options=OPTIONS),
+        lambda: store.put(CE, {}, [], {}, {}),
+    ):
+        with pytest.raises(RecordError, match=message) as caught:
+            attempt()
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert contents(store) == before
+    assert calls == []
+
+
+@pytest.mark.parametrize("damage", [cut, empty, lambda path: path.unlink()], ids=["cut", "empty", "missing"])
+def test_damaged_arrays_are_refused_in_one_line(store, damage):
+    path = store.get(CE).path.with_suffix(".npz")
+    damage(path)
+    with pytest.raises(RecordError, match=r"cannot be read .*restore it or run again") as caught:
+        store.get(CE).predictions()
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", [cut, empty])
+def test_damaged_weights_are_refused_in_one_line_and_never_overwritten(store, damage):
+    path = store.find(CE, ".safetensors")
+    damage(path)
+    before = contents(store)
+    with pytest.raises(RecordError, match=r"is damaged .*delete it and train Stage-1 again") as caught:
+        run(config("crt"), store, options=OPTIONS)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(store) == before
+
+
+def test_weights_of_another_network_are_refused(store):
+    other = config("ce", backbone="resnet14")
+    shutil.copy(store.find(CE, ".safetensors"), store.path(other, ".safetensors"))
+    with pytest.raises(RecordError, match="is damaged"):
+        store.get_weights(other, 10)
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(RecordError, match=f"the weights of ce \\({CE.id}\\) are not in"):
+        Store(tmp_path).get_weights(CE, 10)
+
+
+def test_a_damaged_checkpoint_stops_the_run_and_is_left_alone(tmp_path):
+    store = Store(tmp_path)
+    path = store.checkpoint([CE])
+    path.parent.mkdir()
+    path.write_bytes(b"PK\x03\x04 cut short")
+    with pytest.raises(RecordError, match=r"cannot be read .*delete it to start the run afresh"):
+        run(CE, store, options=OPTIONS)
+    assert contents(store) == {path.relative_to(tmp_path): b"PK\x03\x04 cut short"}
+
+
+def test_the_store_needs_the_data_only_to_train(store, monkeypatch):
+    monkeypatch.setattr(runs, "load", None)
+    assert run(CE, store)[0].metrics == store.get(CE).metrics
+
+
+def test_runs_of_several_imbalance_factors_each_have_their_data(tmp_path):
+    configs = [configure("digits", "ce", imbalance, overrides={"epochs": 1}) for imbalance in (50, 100)]
+    for record in run(configs, Store(tmp_path), options=OPTIONS):
+        expected = load("digits", imbalance=record.config.imbalance).class_counts
+        assert tuple(record.provenance["class_counts"]) == tuple(record.arrays()["class_counts"]) == expected

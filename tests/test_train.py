@@ -1,0 +1,377 @@
+import copy
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mislas.augment import Images
+from mislas.data import load
+from mislas.errors import MislasError, RecordError
+from mislas.evaluate import predict
+from mislas.methods import configure
+from mislas.models import backbone, init_kaiming
+from mislas.train import (
+    Options,
+    OutOfTime,
+    draw_batches,
+    host_rng,
+    learning_rate_factor,
+    round_to_half,
+    torch_rng,
+    train_stage1,
+    train_stage2,
+)
+
+QUICK = {"epochs": 4, "stage2.epochs": 4}
+TARGETS = np.repeat(np.arange(3), (50, 15, 5))
+STAGE = configure("digits", "ce").stage1  # batches of 32: the last of 70 has 6
+
+
+def digits_config(method, **changes):
+    return configure("digits", method, 50, overrides=QUICK | changes)
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A backbone and its linear classifier, a little trained."""
+    trained = train_stage1(digits_config("ce", epochs=1), digits, Options(device="cpu", progress=False))
+    return trained.backbone, trained.heads[0]
+
+
+@pytest.fixture
+def stage1(trained):
+    """A copy of them that a test may change."""
+    return copy.deepcopy(trained)
+
+
+def assert_equal(one, two):
+    """Nested state, bit for bit."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"seconds"}:
+            assert_equal(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        for left, right in zip(one, two, strict=True):
+            assert_equal(left, right)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
+
+
+def train(stage, digits, options, trained, checkpoint=None, evaluate=None):
+    """Stage-1 with mixup, or two heads on shifted batch norm: four epochs."""
+    if stage == "stage1":
+        return train_stage1(digits_config("mixup"), digits, options, checkpoint, evaluate)
+    configs = [digits_config("mislas"), digits_config("lws+mixup+shift")]
+    return train_stage2(configs, copy.deepcopy(trained), digits, options, checkpoint, evaluate)
+
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_the_multistep_schedule_warms_up_and_drops_at_160_and_180_of_200():
+    stage = configure("cifar10", "ce").stage1
+    factors = [learning_rate_factor(stage, epoch) for epoch in range(200)]
+    expected = [0.2, 0.4, 0.6, 0.8] + [1] * 156 + [0.1] * 20 + [0.01] * 20
+    np.testing.assert_allclose(factors, expected)
+
+
+def test_the_cosine_schedule_starts_at_1_is_halved_midway_and_would_end_at_0():
+    stage = configure("cifar10", "mislas").stage2
+    factors = [learning_rate_factor(stage, epoch) for epoch in range(11)]
+    np.testing.assert_allclose([factors[0], factors[5], factors[10]], [1, 0.5, 0], atol=1e-12)
+    np.testing.assert_allclose(factors[9], (1 - np.cos(np.pi / 10)) / 2)
+    assert (np.diff(factors) < 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+def batches(stage=STAGE, seed=0, padding=1, flip=True):
+    return list(draw_batches(np.random.default_rng(seed), TARGETS, stage, padding, flip, torch.device("cpu")))
+
+
+def test_an_epoch_shows_every_image_once_and_ends_with_a_smaller_batch():
+    drawn = batches()
+    assert [len(index) for (index, *_), _, _ in drawn] == [32, 32, 6]
+    assert torch.cat([index for (index, *_), _, _ in drawn]).sort()[0].tolist() == list(range(70))
+
+
+def test_crops_lie_within_the_border_and_flips_happen_only_where_allowed():
+    top, left, flip = (torch.cat([batch[i] for batch, _, _ in batches(padding=2)]) for i in (1, 2, 3))
+    assert set(top.tolist()) == set(left.tolist()) == {0, 1, 2, 3, 4}
+    assert set(flip.tolist()) == {True, False}
+    assert not any(batch[3].any() for batch, _, _ in batches(flip=False))
+
+
+def test_without_mixup_there_is_no_partner():
+    assert all(lam == 1 and partner is None for _, lam, partner in batches())
+
+
+def test_mixup_has_a_weight_and_a_permutation_per_batch():
+    drawn = batches(replace(STAGE, mixup=1.0))
+    assert len({lam for _, lam, _ in drawn}) == 3
+    for (index, *_), lam, partner in drawn:
+        assert 0 < lam < 1
+        assert sorted(partner.tolist()) == list(range(len(index)))
+
+
+def test_the_sampler_is_the_stages():
+    stage = replace(STAGE, sampler="class_balanced")
+    index = np.concatenate([batch[0] for seed in range(100) for batch, _, _ in batches(stage, seed)])
+    np.testing.assert_allclose(np.bincount(TARGETS[index]) / len(index), [1 / 3] * 3, atol=0.02)
+
+
+def test_random_numbers_depend_on_every_part_of_their_purpose():
+    draws = [host_rng(*parts).integers(2**60) for parts in ((0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1))]
+    assert len(set(draws)) == 4
+    assert host_rng(0, "a", 1).integers(2**60) == draws[0]
+    assert torch_rng(0, "a").initial_seed() == torch_rng(0, "a").initial_seed() != torch_rng(0, "b").initial_seed()
+
+
+# ----------------------------------------------------------------------------------------------------------- stage 1
+
+
+def accuracy(trained, data):
+    test = Images(data.test_images, data.spec.mean, data.spec.std, padding=0)
+    (logits,) = predict(trained.backbone, trained.heads, test)
+    return (logits.argmax(1) == data.test_targets).double().mean().item()
+
+
+def test_stage1_learns_digits_the_same_way_twice(options):
+    data = load("digits", imbalance=10)
+    config = configure("digits", "ce", 10, overrides={"epochs": 6})
+    one, two = (train_stage1(config, data, options) for _ in range(2))
+    assert accuracy(one, data) > 0.8
+    assert one.histories == two.histories
+    assert_equal(one.backbone.state_dict(), two.backbone.state_dict())
+    assert_equal(one.heads[0].state_dict(), two.heads[0].state_dict())
+
+
+def test_another_seed_gives_another_model(digits, options, trained):
+    other = train_stage1(replace(digits_config("ce", epochs=1), seed=1), digits, options)
+    assert not torch.equal(other.heads[0].weight, trained[1].weight)
+
+
+def test_weights_end_as_half_precision_holds_them(trained):
+    for module in trained:
+        for parameter in module.parameters():
+            assert torch.equal(parameter, parameter.half().float())
+
+
+def test_rounding_leaves_running_statistics_alone():
+    layer = nn.BatchNorm2d(1)
+    layer.running_mean.fill_(1 / 3)
+    layer.weight.data.fill_(1 / 3)
+    round_to_half(layer)
+    assert layer.running_mean.item() == np.float32(1 / 3)
+    assert layer.weight.item() == np.float16(1 / 3)
+
+
+def test_the_history_has_rates_losses_and_what_the_callback_finds(digits, options):
+    found = []
+
+    def evaluate(network, heads):
+        found.append(len(found))
+        return [{"test_accuracy": found[-1]}]
+
+    trained = train_stage1(digits_config("ce"), digits, replace(options, eval_every=2), evaluate=evaluate)
+    (history,) = trained.histories
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    np.testing.assert_allclose([row["lr"] for row in history], [0.05, 0.1, 0.1, 0.1])  # warm-up of 2; 3 of 4 is < 80%
+    assert [row.get("test_accuracy") for row in history] == [None, 0, None, None]
+    assert history[0]["train_loss"] > history[-1]["train_loss"] > 0
+
+
+def test_stage1_with_mixup_is_sgd_on_mixed_images_and_labels(digits, options):
+    """Against a loop of its own: labels mixed as vectors, torch's SGD, the rates of a warm-up over 2 epochs.
+
+    The rate is low, so that rounding does not grow from step to step.
+    """
+    config = digits_config("mixup", epochs=2, lr=2e-3, weight_decay=0.05)
+    network, head = backbone("resnet8").train(), nn.Linear(64, 10)
+    generator = torch_rng(config.seed, "init")
+    init_kaiming(network, generator)
+    init_kaiming(head, generator)
+    optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], 1, 0.9, weight_decay=0.05, foreach=False)
+    images = Images(digits.train_images, digits.spec.mean, digits.spec.std, padding=1)
+    one_hot, targets, expected = torch.eye(10)[digits.train_targets], digits.train_targets.numpy(), []
+    for epoch, optimizer.param_groups[0]["lr"] in enumerate((1e-3, 2e-3)):
+        rng, total = host_rng(config.seed, "stage1", epoch), 0.0
+        for batch, lam, partner in draw_batches(rng, targets, config.stage1, 1, False, torch.device("cpu")):
+            x, y = images.batch(*batch), one_hot[batch[0]]
+            logits = head(network(lam * x + (1 - lam) * x[partner]))
+            loss = F.cross_entropy(logits, lam * y + (1 - lam) * y[partner])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(y)
+        expected.append(total / len(targets))
+    trained = train_stage1(config, digits, options)
+    np.testing.assert_allclose([row["train_loss"] for row in trained.histories[0]], expected, rtol=1e-4)
+    torch.testing.assert_close(trained.heads[0].weight, head.weight, atol=5e-4, rtol=0)
+    torch.testing.assert_close(trained.backbone.bn.running_mean, network.bn.running_mean, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_look_at_the_test_set_along_the_way_changes_nothing(digits, options, trained, stage):
+    def evaluate(network, heads):
+        network.eval()
+        return [{"test_accuracy": 0.5} for _ in heads]
+
+    options = replace(options, eval_every=1)
+    with_looks, without = (train(stage, digits, options, trained, evaluate=look) for look in (evaluate, None))
+    for one, two in zip((with_looks.backbone, *with_looks.heads), (without.backbone, *without.heads), strict=True):
+        assert_equal(one.state_dict(), two.state_dict())
+
+
+# ----------------------------------------------------------------------------------------------------------- stage 2
+
+
+def snapshot(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", ["crt", "lws", "lws+las"])
+def test_without_shift_stage2_leaves_the_backbone_as_it_is(digits, options, stage1, method):
+    before = snapshot(stage1[0])
+    train_stage2([digits_config(method, **{"stage2.epochs": 1})], stage1, digits, options)
+    assert_equal(stage1[0].state_dict(), before)
+
+
+def test_with_shift_only_the_running_statistics_change(digits, options, stage1):
+    before = snapshot(stage1[0])
+    train_stage2([digits_config("mislas", **{"stage2.epochs": 1})], stage1, digits, options)
+    for name, value in stage1[0].state_dict().items():
+        moved = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(value, before[name]) == (not moved), name
+
+
+def test_shifted_statistics_are_the_exponential_average_over_batches(digits, options, stage1):
+    network = stage1[0]
+    mean, var = (getattr(network.bn, f"running_{name}").double().numpy() for name in ("mean", "var"))
+    seen = []
+    network.bn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].double().numpy()))
+    train_stage2([digits_config("mislas", **{"stage2.epochs": 1})], stage1, digits, options)
+    assert len(seen) == -(-len(digits.train_targets) // 32)
+    for x in seen:
+        mean = 0.9 * mean + 0.1 * x.mean(axis=(0, 2, 3))
+        var = 0.9 * var + 0.1 * x.var(axis=(0, 2, 3), ddof=1)
+    np.testing.assert_allclose(network.bn.running_mean, mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(network.bn.running_var, var, rtol=1e-4)
+
+
+def test_heads_trained_together_are_those_trained_alone(digits, options, trained):
+    configs = [digits_config(method, **{"stage2.epochs": 2}) for method in ("crt", "lws", "lws+las")]
+    together = train_stage2(configs, copy.deepcopy(trained), digits, options)
+    for i, config in enumerate(configs):
+        alone = train_stage2([config], copy.deepcopy(trained), digits, options)
+        assert_equal(together.heads[i].state_dict(), alone.heads[0].state_dict())
+        assert together.histories[i] == alone.histories[0]
+
+
+def test_heads_trained_together_under_shift_are_those_trained_alone(digits, options, trained):
+    configs = [digits_config("mislas", **{"stage2.epochs": 1, "eps_1": eps}) for eps in (0.1, 0.4)]
+    together = train_stage2(configs, copy.deepcopy(trained), digits, options)
+    for head, config in zip(together.heads, configs, strict=True):
+        alone = train_stage2([config], copy.deepcopy(trained), digits, options)
+        assert_equal(head.state_dict(), alone.heads[0].state_dict())
+        assert_equal(together.backbone.state_dict(), alone.backbone.state_dict())
+
+
+def test_runs_that_see_other_features_do_not_train_together(digits, options, stage1):
+    with pytest.raises(ValueError, match="must share Stage-1"):
+        train_stage2([digits_config("lws"), digits_config("mislas")], stage1, digits, options)
+
+
+# ------------------------------------------------------------------------------------------- checkpoints and resuming
+
+
+class KilledError(BaseException):
+    pass
+
+
+def kill_after(monkeypatch, batches):
+    whole, seen = Images.batch, []
+
+    def batch(self, *arguments):
+        seen.append(1)
+        if len(seen) > batches:
+            raise KilledError
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(Images, "batch", batch)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_run_killed_within_an_epoch_and_resumed_equals_one_never_stopped(
+    digits, options, trained, tmp_path, monkeypatch, stage
+):
+    options = replace(options, checkpoint_every=0)
+    per_epoch = -(-len(digits.train_targets) // 32)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2 * per_epoch + 5)
+        with pytest.raises(KilledError):
+            train(stage, digits, options, trained, tmp_path / "killed")
+    assert torch.load(tmp_path / "killed")["epoch"] == 2
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2 * per_epoch)  # no epoch that is in the checkpoint is trained again
+        resumed = train(stage, digits, options, trained, tmp_path / "killed")
+    whole = train(stage, digits, options, trained, tmp_path / "whole")
+    assert resumed.histories == whole.histories
+    for one, two in zip((resumed.backbone, *resumed.heads), (whole.backbone, *whole.heads), strict=True):
+        assert_equal(one.state_dict(), two.state_dict())
+    assert_equal(torch.load(tmp_path / "killed"), torch.load(tmp_path / "whole"))  # momentum too
+
+
+def test_a_run_killed_after_its_last_epoch_is_not_trained_again(digits, options, tmp_path, monkeypatch):
+    config = digits_config("ce", epochs=1)
+    first = train_stage1(config, digits, options, tmp_path / "checkpoint")
+    kill_after(monkeypatch, 0)
+    second = train_stage1(config, digits, options, tmp_path / "checkpoint")
+    assert_equal(first.backbone.state_dict(), second.backbone.state_dict())
+    assert first.histories == second.histories
+
+
+def test_out_of_time_stops_after_an_epoch_with_a_checkpoint(digits, options, tmp_path):
+    with pytest.raises(OutOfTime, match="after epoch 1 of 4"):
+        train_stage1(digits_config("ce"), digits, replace(options, deadline=time.monotonic()), tmp_path / "checkpoint")
+    assert torch.load(tmp_path / "checkpoint")["epoch"] == 1
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
+def test_a_checkpoint_cut_short_is_refused_and_left_alone(digits, options, tmp_path, keep):
+    config, path = digits_config("ce", epochs=1), tmp_path / "run.ckpt"
+    train_stage1(config, digits, options, path)
+    content = path.read_bytes()
+    content = content[: keep if keep >= 1 else int(keep * len(content))]
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=r"run\.ckpt cannot be read .*delete it to start the run afresh") as caught:
+        train_stage1(config, digits, options, path)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_left_alone(digits, options, tmp_path):
+    path = tmp_path / "run.ckpt"
+    train_stage1(digits_config("ce", epochs=1), digits, options, path)
+    content = path.read_bytes()
+    with pytest.raises(RecordError, match=r"run\.ckpt belongs to other runs; delete it") as caught:
+        train_stage1(digits_config("ce", epochs=2), digits, options, path)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == content
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(device):
+    with pytest.raises(MislasError, match=f"device '{device}' cannot be used here .*try 'cpu'") as caught:
+        Options(device=device).torch_device()
+    assert "\n" not in str(caught.value)

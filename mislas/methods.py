@@ -80,6 +80,13 @@ class Method:
     stage1: dict[str, Any] = field(default_factory=dict)
     stage2: dict[str, Any] | None = None
 
+    @property
+    def where(self) -> str:
+        """The paper's tables that have this row, in words."""
+        if not self.tables:
+            return "not in the paper's tables"
+        return f"Table{'s' * (len(self.tables) > 1)} {', '.join(map(str, self.tables))} of the paper"
+
 
 CAO = "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019"
 CHOU = "Chou et al., Remix: Rebalanced mixup, ECCV Workshops 2020"

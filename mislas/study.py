@@ -43,8 +43,6 @@ FORMS = [{"form": "linear"}, {"form": "convex"}] + [{"form": "power", "power": p
 #: Figure 6's control: batch norm shifted in a method that leaves it alone.
 SHIFT = {"stage2.shift_bn": True}
 
-MAX_SEEDS = 10
-
 
 def default_results_root() -> Path:
     """``results/`` of the checkout that the library runs from, else of the working directory."""
@@ -111,7 +109,7 @@ class Study:
         """How a caption names what the profile shows for a dataset."""
         if self.profile == "tiny":
             return "scikit-learn's digits"
-        return paper.DATASETS.get(dataset, f"{SPECS[dataset_name(dataset)].title}, long-tailed")
+        return paper.DATASETS.get(dataset) or f"{SPECS[dataset_name(dataset)].title}, long-tailed"
 
     def neighbours(self, dataset: str) -> dict[str, str]:
         """What to show beside one of the paper's datasets: names and titles; see :data:`NEIGHBOURS`.
@@ -152,9 +150,12 @@ class Study:
     def _stored(
         self, name: str, method: str, imbalance: float, changes: dict[str, Any] | None = None
     ) -> dict[int, Record]:
+        seeds = self.store.seeds(name, imbalance)
+        if not seeds:
+            return {}
         base = self._configure(name, method, imbalance, changes)
-        seeds = self.seeds if self.seeds is not None else range(MAX_SEEDS)
-        records = {seed: self.store.get(replace(base, seed=seed)) for seed in seeds}
+        wanted = seeds if self.seeds is None else self.seeds
+        records = {seed: self.store.get(replace(base, seed=seed)) for seed in wanted}
         return {seed: record for seed, record in records.items() if record is not None}
 
     def runs(

@@ -22,13 +22,12 @@ from .data import SPECS, long_tailed_counts, write_atomically
 from .errors import MislasError, RecordError
 from .methods import configure
 from .runs import Record, Store, device_name, plan, read_record, run
+from .study import FORMS, GRID, SHIFT
 from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
 
-#: Variants of MiSLAS that cost a few minutes each once Stage-1 is there (Figures 5, 10 and 11, the authors' code).
-GRID = [{"eps_1": a / 10, "eps_k": b / 10} for a in range(6) for b in range(a + 1)]
-FORMS = [{"form": "linear"}, {"form": "convex"}] + [{"form": "power", "power": p} for p in (1 / 3, 0.5, 2.0, 3.0)]
+#: Variants of MiSLAS that cost a few minutes each once Stage-1 is there: what the authors' code does in another way.
 AUTHORS = [
     {"smoothing_over": "all"},
     {"a": 0, "delta": "stage1"},
@@ -40,8 +39,8 @@ AUTHORS = [
 def wanted(dataset: str, imbalances: Sequence[float] = (100, 50, 10), seeds: Sequence[int] = (0,)) -> list[RunConfig]:
     """What the book would like to show of a dataset, most wanted first.
 
-    Table 3's rows at each imbalance factor; the balanced model; the grid and the forms of label-aware smoothing and the
-    authors' variants at the first imbalance factor; then the same for the next seed.
+    Table 3's rows at each imbalance factor; the balanced model; the grid and the forms of label-aware smoothing, the
+    authors' variants and Figure 6's control at the first imbalance factor; then the same for the next seed.
     """
     configs = []
     for seed in seeds:
@@ -49,6 +48,7 @@ def wanted(dataset: str, imbalances: Sequence[float] = (100, 50, 10), seeds: Seq
         configs.append(configure(dataset, "ce", 1, seed))
         variants = GRID + FORMS + AUTHORS
         configs += [configure(dataset, "mislas", imbalances[0], seed, changes) for changes in variants]
+        configs.append(configure(dataset, "lws", imbalances[0], seed, SHIFT))
     return list({config.id: config for config in configs}.values())
 
 

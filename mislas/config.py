@@ -11,7 +11,7 @@ from typing import Any
 from .data import dataset_name
 from .errors import MislasError, unknown
 from .losses import check_smoothing
-from .models import backbone
+from .models import check_backbone
 from .samplers import SAMPLERS
 
 SCHEDULES = ("multistep", "cosine")
@@ -111,7 +111,7 @@ class RunConfig:
         object.__setattr__(self, "imbalance", float(self.imbalance))
         if not self.imbalance >= 1:
             raise MislasError(f"imbalance factor must be >= 1 (1 is balanced), got {self.imbalance:g}")
-        backbone(self.backbone)
+        check_backbone(self.backbone)
         if not (isinstance(self.seed, int) and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
         if self.precision not in PRECISIONS:

@@ -1,4 +1,4 @@
-"""The command line: ``mislas train | eval | list | show | campaign | merge``."""
+"""The command line: ``mislas train | eval | list | show | campaign | merge | data``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .config import field_names, locate
 from .data import SPECS, load
 from .errors import MislasError, RecordError, unknown
 from .evaluate import BINS, predict, summarise
+from .lists import LISTS, check
 from .methods import METHODS, configure
 from .runs import Record, Store, run
 from .study import default_results_root
@@ -30,15 +31,17 @@ examples:
   mislas list
   mislas show 6b5417f459cc
   mislas eval 6b5417f459cc --bins 10
+  mislas data check places-lt --root places --lists lists
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after an error that the user can mend."""
+    """Run the command line; returns the exit status: 0, 1 for data that fail a check, or 2 after an error that the
+    user can mend."""
     arguments = _parser().parse_args(argv)
     warnings.showwarning = lambda message, *_: print(f"mislas: warning: {message}", file=sys.stderr)
     try:
-        arguments.call(arguments)
+        return arguments.call(arguments) or 0
     except MislasError as error:
         print(f"mislas: {error}", file=sys.stderr)
         return 2
@@ -58,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mislas {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,list,show,campaign,merge}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,list,show,campaign,merge,data}")
     store = argparse.ArgumentParser(add_help=False)
     store.add_argument(
         "--results-root", metavar="DIR", help="the store of finished runs (default: the project's results/)"
@@ -167,6 +170,19 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", parents=[store], help="everything about one finished run")
     show.add_argument("run", metavar="RUN", help="identity of a run, or its beginning; see 'mislas list'")
     show.set_defaults(call=_show)
+
+    data = commands.add_parser("data", help="look at a dataset's files").add_subparsers(required=True, metavar="check")
+    checking = data.add_parser(
+        "check",
+        help="hold a dataset against what is expected of it",
+        description="Count images and classes, look for missing files, decode every image, and report. The exit status "
+        "is 0 if all is well, 1 if the data are wrong, 2 if the command is.",
+    )
+    checking.add_argument("name", metavar="NAME", help=f"one of: {', '.join([*LISTS, *SPECS])}")
+    checking.add_argument("--root", metavar="DIR", help="folder with the images; digits needs none")
+    checking.add_argument("--lists", metavar="DIR", help="folder with the list files (default: --root)")
+    checking.add_argument("--quiet", action="store_true", help="no progress bar")
+    checking.set_defaults(call=_check)
     return parser
 
 
@@ -314,6 +330,12 @@ def _list(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     record = find_run(_store(arguments), arguments.run)
     print(json.dumps(json.loads(record.path.read_text()), indent=2))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    report = check(arguments.name, arguments.root, arguments.lists, progress=not arguments.quiet)
+    print(report)
+    return 0 if report.ok else 1
 
 
 if __name__ == "__main__":

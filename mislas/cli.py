@@ -17,7 +17,7 @@ from .config import field_names, locate
 from .data import SPECS, load
 from .errors import MislasError, RecordError, unknown
 from .evaluate import BINS, predict, summarise
-from .lists import LISTS, check
+from .lists import LISTS, check, load_lists
 from .methods import METHODS, configure
 from .runs import Record, Store, run
 from .study import default_results_root
@@ -171,7 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("run", metavar="RUN", help="identity of a run, or its beginning; see 'mislas list'")
     show.set_defaults(call=_show)
 
-    data = commands.add_parser("data", help="look at a dataset's files").add_subparsers(required=True, metavar="check")
+    data = commands.add_parser("data", help="check a dataset's files, or make its images smaller")
+    data = data.add_subparsers(required=True, metavar="{check,shrink}")
     checking = data.add_parser(
         "check",
         help="hold a dataset against what is expected of it",
@@ -183,6 +184,19 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--lists", metavar="DIR", help="folder with the list files (default: --root)")
     checking.add_argument("--quiet", action="store_true", help="no progress bar")
     checking.set_defaults(call=_check)
+    shrinking = data.add_parser(
+        "shrink",
+        help="copy large images at a size that decodes faster",
+        description="Copy the images of both lists into another folder, the shorter side at most --side pixels. They "
+        "are other data then, and say so. Can be stopped at any moment; the same command goes on.",
+    )
+    shrinking.add_argument("name", metavar="NAME", help=f"one of: {', '.join(LISTS)}")
+    shrinking.add_argument("--root", required=True, metavar="DIR", help="folder with the images")
+    shrinking.add_argument("--lists", metavar="DIR", help="folder with the list files (default: --root)")
+    shrinking.add_argument("--to", required=True, metavar="DIR", help="the new folder")
+    shrinking.add_argument("--side", type=int, default=256, metavar="N", help="of the shorter side (default: 256)")
+    shrinking.add_argument("--quiet", action="store_true", help="no progress bar")
+    shrinking.set_defaults(call=_shrink)
     return parser
 
 
@@ -336,6 +350,17 @@ def _check(arguments: argparse.Namespace) -> int:
     report = check(arguments.name, arguments.root, arguments.lists, progress=not arguments.quiet)
     print(report)
     return 0 if report.ok else 1
+
+
+def _shrink(arguments: argparse.Namespace) -> None:
+    from .pipeline import shrink  # here: torchvision takes seconds to import
+
+    if arguments.side < 1:
+        raise MislasError(f"--side must be at least 1, got {arguments.side}")
+    data = load_lists(arguments.name, arguments.root, arguments.lists)
+    for images in (data.train, data.test):
+        shrink(images, arguments.to, arguments.side, progress=not arguments.quiet)
+    print(f"{len(data.train) + len(data.test):,} images are in {arguments.to}; use it as the root")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ import io
 import lzma
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,6 +82,10 @@ LISTS: dict[str, ListSpec] = {
         "generated gratings", 6, 256, 30, 6, 120, "generated_train.txt", "generated_test.txt", size=32
     ),
 }  # fmt: skip
+
+
+#: A file in an image root that says how its images differ from the original ones.
+PREPARED = "PREPARED.txt"
 
 
 def list_name(name: str) -> str:
@@ -172,9 +177,15 @@ class ListDataset:
         return max(self.class_counts) / min(self.class_counts)
 
     @property
+    def prepared(self) -> str:
+        """What :func:`mislas.pipeline.shrink` has done to the images; empty if they are the original ones."""
+        note = self.train.root / PREPARED
+        return note.read_text().strip() if note.exists() else ""
+
+    @property
     def checksum(self) -> str:
-        """Of both lists; see :attr:`ImageList.checksum`."""
-        return hashlib.sha256((self.train.checksum + self.test.checksum).encode()).hexdigest()[:16]
+        """Of both lists (see :attr:`ImageList.checksum`) and of :attr:`prepared`."""
+        return hashlib.sha256((self.train.checksum + self.test.checksum + self.prepared).encode()).hexdigest()[:16]
 
 
 def load_lists(name: str, root: str | os.PathLike, lists: str | os.PathLike | None = None) -> ListDataset:
@@ -459,7 +470,7 @@ def _check_lists(name: str, root: Path, lists: str | os.PathLike | None, progres
 
 
 def _undecodable(root: Path, paths: Sequence[str], what: str, progress: bool) -> list[str]:
-    """Paths of files that cannot be decoded, in order. Threads: decoders work outside Python's lock."""
+    """Paths of files that cannot be decoded, in order."""
 
     def bad(path: str) -> bool:
         try:
@@ -468,17 +479,20 @@ def _undecodable(root: Path, paths: Sequence[str], what: str, progress: bool) ->
             return True
         return False
 
-    found = []
+    return [path for path, wrong in zip(paths, in_threads(bad, paths, what, progress), strict=True) if wrong]
+
+
+def in_threads(function: Callable[[str], Any], paths: Sequence[str], what: str, progress: bool) -> Iterator[Any]:
+    """``map`` over paths in threads, with a progress bar: reading and decoding happen outside Python's lock."""
     hidden = {} if progress else {"disable": True}  # not said otherwise, TQDM_DISABLE has its way
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(paths), desc=what, unit=" images", mininterval=1.0, leave=False, **hidden) as bar,
     ):
-        for start in range(0, len(paths), 512):
-            some = paths[start : start + 512]
-            found += [path for path, wrong in zip(some, pool.map(bad, some), strict=True) if wrong]
-            bar.update(len(some))
-    return found
+        for start in range(0, len(paths), 512):  # a few at a time, so that it can be stopped
+            for result in pool.map(function, paths[start : start + 512]):
+                bar.update()
+                yield result
 
 
 # ------------------------------------------------------------------------------------------------------- generated

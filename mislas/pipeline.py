@@ -31,7 +31,8 @@ from .errors import DataError, MislasError, unknown
 from .lists import PREPARED, ImageList, ListSpec, in_threads, read_image
 from .samplers import SAMPLERS
 
-PLAIN = -1  # in place of an image's seed: the test crop
+#: In place of an image's seed: the test crop.
+PLAIN = -1
 
 
 # ------------------------------------------------------------------------------------------------------ one image

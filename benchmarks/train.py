@@ -165,9 +165,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device")
-    parser.add_argument(
-        "--save", type=Path, metavar="FILE", help="write what was measured as JSON"
-    )
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write what was measured as JSON")
     arguments = parser.parse_args()
     options = Options(arguments.device, arguments.compile, eval_every=1, progress=False)
     device, data = options.torch_device(), random_data(arguments.images // BATCH * BATCH)

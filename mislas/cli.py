@@ -1,4 +1,4 @@
-"""The command line: ``mislas train | eval | list | show | campaign | merge``."""
+"""The command line: ``mislas train | eval | list | show | campaign | merge | data``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .config import field_names, locate
 from .data import SPECS, load
 from .errors import MislasError, RecordError, unknown
 from .evaluate import BINS, predict, summarise
+from .lists import LISTS, check, load_lists
 from .methods import METHODS, configure
 from .runs import Record, Store, run
 from .study import default_results_root
@@ -30,15 +31,17 @@ examples:
   mislas list
   mislas show 6b5417f459cc
   mislas eval 6b5417f459cc --bins 10
+  mislas data check places-lt --root places --lists lists
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, or 2 after an error that the user can mend."""
+    """Run the command line; returns the exit status: 0, 1 for data that fail a check, or 2 after an error that the
+    user can mend."""
     arguments = _parser().parse_args(argv)
     warnings.showwarning = lambda message, *_: print(f"mislas: warning: {message}", file=sys.stderr)
     try:
-        arguments.call(arguments)
+        return arguments.call(arguments) or 0
     except MislasError as error:
         print(f"mislas: {error}", file=sys.stderr)
         return 2
@@ -58,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mislas {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,list,show,campaign,merge}")
+    commands = parser.add_subparsers(required=True, metavar="{train,eval,list,show,campaign,merge,data}")
     store = argparse.ArgumentParser(add_help=False)
     store.add_argument(
         "--results-root", metavar="DIR", help="the store of finished runs (default: the project's results/)"
@@ -167,6 +170,33 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", parents=[store], help="everything about one finished run")
     show.add_argument("run", metavar="RUN", help="identity of a run, or its beginning; see 'mislas list'")
     show.set_defaults(call=_show)
+
+    data = commands.add_parser("data", help="check a dataset's files, or make its images smaller")
+    data = data.add_subparsers(required=True, metavar="{check,shrink}")
+    checking = data.add_parser(
+        "check",
+        help="hold a dataset against what is expected of it",
+        description="Count images and classes, look for missing files, decode every image, and report. The exit status "
+        "is 0 if all is well, 1 if the data are wrong, 2 if the command is.",
+    )
+    checking.add_argument("name", metavar="NAME", help=f"one of: {', '.join([*LISTS, *SPECS])}")
+    checking.add_argument("--root", metavar="DIR", help="folder with the images; digits needs none")
+    checking.add_argument("--lists", metavar="DIR", help="folder with the list files (default: --root)")
+    checking.add_argument("--quiet", action="store_true", help="no progress bar")
+    checking.set_defaults(call=_check)
+    shrinking = data.add_parser(
+        "shrink",
+        help="copy large images at a size that decodes faster",
+        description="Copy the images of both lists into another folder, the shorter side at most --side pixels. They "
+        "are other data then, and say so. Can be stopped at any moment; the same command goes on.",
+    )
+    shrinking.add_argument("name", metavar="NAME", help=f"one of: {', '.join(LISTS)}")
+    shrinking.add_argument("--root", required=True, metavar="DIR", help="folder with the images")
+    shrinking.add_argument("--lists", metavar="DIR", help="folder with the list files (default: --root)")
+    shrinking.add_argument("--to", required=True, metavar="DIR", help="the new folder")
+    shrinking.add_argument("--side", type=int, default=256, metavar="N", help="of the shorter side (default: 256)")
+    shrinking.add_argument("--quiet", action="store_true", help="no progress bar")
+    shrinking.set_defaults(call=_shrink)
     return parser
 
 
@@ -320,6 +350,23 @@ def _list(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     record = find_run(_store(arguments), arguments.run)
     print(json.dumps(json.loads(record.path.read_text()), indent=2))
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    report = check(arguments.name, arguments.root, arguments.lists, progress=not arguments.quiet)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _shrink(arguments: argparse.Namespace) -> None:
+    from .pipeline import shrink  # here: torchvision takes seconds to import
+
+    if arguments.side < 1:
+        raise MislasError(f"--side must be at least 1, got {arguments.side}")
+    data = load_lists(arguments.name, arguments.root, arguments.lists)
+    for images in (data.train, data.test):
+        shrink(images, arguments.to, arguments.side, progress=not arguments.quiet)
+    print(f"{len(data.train) + len(data.test):,} images are in {arguments.to}; use it as the root")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 from .data import dataset_name
 from .errors import MislasError, unknown
 from .losses import LOSSES, check_smoothing
-from .models import backbone
+from .models import check_backbone
 from .samplers import SAMPLERS
 
 #: Steps of a schedule: shares of the epochs after which the rate is multiplied, and by what; None is cosine, to 0.
@@ -167,7 +167,7 @@ class RunConfig:
         object.__setattr__(self, "imbalance", float(self.imbalance))
         if not 1 <= self.imbalance < math.inf:
             raise MislasError(f"imbalance factor must be >= 1 (1 is balanced) and finite, got {self.imbalance:g}")
-        backbone(self.backbone)
+        check_backbone(self.backbone)
         if not (isinstance(self.seed, int) and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
         if self.precision not in PRECISIONS:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from .errors import MislasError
+from .errors import MislasError, RecordError, unknown
 
 
 class BasicBlock(nn.Module):
@@ -54,12 +56,112 @@ class CifarResNet(nn.Module):
         return self.blocks(x).mean(dim=(2, 3))
 
 
+#: The CIFAR family (He et al., 2016, 4.2), and torchvision's ResNets by their blocks in each of four stages. ResNet-10
+#: is the long-tailed literature's (Liu et al., 2019): one basic block a stage. Depths 50 and 152 are torchvision's.
+CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+STAGES = {
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+BACKBONES = tuple(f"resnet{depth}" for depth in sorted((*CIFAR_DEPTHS, *STAGES)))
+
+
+def check_backbone(name: str) -> None:
+    """Raise :class:`MislasError` for a name that :func:`backbone` does not know; nothing is built."""
+    if name not in BACKBONES:
+        unknown("backbone", name, BACKBONES)
+
+
 def backbone(name: str) -> nn.Module:
-    """A backbone by name: ``resnet32`` is the paper's on CIFAR; any ``resnet{6n+2}`` of that family is allowed."""
-    match = re.fullmatch(r"resnet(\d+)", name)
-    if not match:
-        raise MislasError(f"unknown backbone {name!r}. Known: resnet8, resnet14, resnet20, resnet32, ... (6n + 2)")
-    return CifarResNet(int(match[1]))
+    """A backbone by name: images ``(B, 3, H, W)`` to features ``(B, num_features)``.
+
+    - ``resnet8``, ``14``, ``20``, ``32`` (the paper's on CIFAR), ``44``, ``56``, ``110``: :class:`CifarResNet`, with 64
+      features.
+    - ``resnet10``, ``18``, ``34`` (basic blocks, 512 features) and ``resnet50``, ``101``, ``152`` (bottlenecks, 2048):
+      torchvision's ResNet without its ``fc``, for images of some 64 pixels and more. ``state_dict`` has torchvision's
+      names, so its pretrained weights fit; see :func:`load_backbone_weights`.
+
+    Raises:
+        MislasError: an unknown name.
+    """
+    check_backbone(name)
+    depth = int(name.removeprefix("resnet"))
+    if depth in CIFAR_DEPTHS:
+        return CifarResNet(depth)
+    from torchvision.models import resnet
+
+    network = resnet.ResNet(resnet.BasicBlock if depth < 50 else resnet.Bottleneck, list(STAGES[depth]))
+    network.num_features = network.fc.in_features
+    network.fc = nn.Identity()
+    return network
+
+
+def load_backbone_weights(network: nn.Module, path: str | os.PathLike) -> list[str]:
+    """Fill a backbone from a file of weights, such as torchvision's ImageNet-pretrained ones.
+
+    Args:
+        network: a backbone; changed in place, and only if everything in the file fits.
+        path: ``.safetensors``, or a ``.pth`` state dict, read as plain tensors (nothing in it is executed).
+
+    Returns:
+        Names in the file that were left out: the classifier's, ``fc.*``.
+
+    Raises:
+        RecordError: a file that is missing or unreadable, a tensor missing, left over, or of another shape.
+            Batch norm's ``num_batches_tracked`` may be missing, as in old files: no result depends on it.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            stored = load_safetensors(path.read_bytes())
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RecordError(f"there is no weights file {path}; download it first, nothing is fetched for you") from None
+    except Exception as error:  # pickle, zip and safetensors each have their own
+        raise RecordError(
+            f"{path} cannot be read as weights ({type(error).__name__}); it must be a whole .safetensors file, "
+            "or a .pth that holds a state dict and nothing else"
+        ) from error
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise RecordError(f"{path} does not hold a state dict (names to tensors); save network.state_dict() alone")
+    left_out = sorted(name for name in stored if name.startswith("fc."))
+    found = {name: value for name, value in stored.items() if name not in left_out}
+    own = network.state_dict()
+    wrong = {
+        "lacks": [name for name in own if name not in found and not name.endswith("num_batches_tracked")],
+        "has unknown": [name for name in found if name not in own],
+        "has other shapes of": [name for name in found if name in own and found[name].shape != own[name].shape],
+    }
+    if any(wrong.values()):
+        parts = [f"{what} {len(names)} ({', '.join(names[:2])}, ...)" for what, names in wrong.items() if names]
+        raise RecordError(f"{path} is not of this backbone: it {', '.join(parts)}; choose the backbone it was made for")
+    network.load_state_dict(found, strict=False)
+    return left_out
+
+
+def freeze_but_last_block(network: nn.Module) -> list[str]:
+    """Freeze a pretrained ResNet but for its last residual block: the recipe for Places-LT (Liu et al., 2019; Kang et
+    al., 2020; the authors' code, with ResNet-152 pretrained on ImageNet).
+
+    Only gradients are switched off; whether batch norm's running statistics move is decided by ``network.train``.
+
+    Returns:
+        Names of the parameters that still train.
+
+    Raises:
+        MislasError: a backbone that is not one of torchvision's.
+    """
+    if not hasattr(network, "layer4"):
+        names = ", ".join(f"resnet{depth}" for depth in STAGES)
+        raise MislasError(f"only a pretrained ResNet can be frozen but for its last block: one of {names}")
+    network.requires_grad_(False)
+    network.layer4[-1].requires_grad_(True)
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
 
 def init_kaiming(module: nn.Module, generator: torch.Generator) -> None:

@@ -228,7 +228,7 @@ def test_a_part_of_mislas_can_be_switched_off(changes, off):
     [
         ({"precision": "fp16"}, r"unknown precision 'fp16'.*Known: .*bf16.*fp32|Known: .*fp32.*bf16"),
         ({"backbone": "vgg"}, r"unknown backbone 'vgg'.*resnet32"),
-        ({"backbone": "resnet33"}, r"6n \+ 2"),
+        ({"backbone": "resnet33"}, r"unknown backbone 'resnet33'; did you mean 'resnet34'"),
         ({"dataset": "cifar"}, r"unknown dataset 'cifar'; did you mean 'cifar10'.*digits"),
         ({"stage1.schedule": "step"}, r"unknown stage1.schedule 'step'; did you mean 'multistep'\? .*cosine"),
         ({"stage2.sampler": "balanced"}, r"unknown stage2.sampler 'balanced'.*Known: .*instance_balanced"),

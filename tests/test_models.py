@@ -1,12 +1,17 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
-from mislas.errors import MislasError
+from mislas.data import SPECS, Dataset, Spec
+from mislas.errors import MislasError, RecordError
+from mislas.methods import configure
 from mislas.models import (
     BasicBlock,
     CifarResNet,
@@ -14,10 +19,14 @@ from mislas.models import (
     GeneralisedClassifier,
     TwoBranches,
     backbone,
+    freeze_but_last_block,
     init_kaiming,
+    load_backbone_weights,
     mix_branches,
     stage1_model,
 )
+from mislas.runs import Store, batch_norm_statistics, run
+from mislas.train import round_to_half
 
 # -------------------------------------------------------------------------------------------------------- backbones
 
@@ -74,10 +83,199 @@ def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
         CifarResNet(depth)
 
 
-@pytest.mark.parametrize("name", ["vgg16", "resnet", "resnet32x", "ResNet32", ""])
+@pytest.mark.parametrize("name", ["vgg16", "resnet", "resnet26", "resnet32x", "ResNet32", ""])
 def test_an_unknown_backbone_lists_the_known_ones(name):
-    with pytest.raises(MislasError, match=f"unknown backbone '{name}'. Known: resnet8, .*resnet32"):
+    with pytest.raises(MislasError, match=f"unknown backbone '{name}'.* Known: .*resnet") as caught:
         backbone(name)
+    listed = str(caught.value).partition("Known: ")[2].split(", ")
+    assert sorted(listed) == sorted(f"resnet{d}" for d in (8, 10, 14, 18, 20, 32, 34, 44, 50, 56, 101, 110, 152))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_nearest_backbone_is_named_first():
+    with pytest.raises(MislasError, match="did you mean 'resnet32'\\? Known: resnet32, "):
+        backbone("resnet32x")
+
+
+# ------------------------------------------------------------------------------------------- torchvision's backbones
+
+#: Parameters by torchvision's own models (their 1000-class fc included), and features.
+TORCHVISION = {
+    "resnet18": (11_689_512, 512),
+    "resnet34": (21_797_672, 512),
+    "resnet50": (25_557_032, 2048),
+    "resnet101": (44_549_160, 2048),
+    "resnet152": (60_192_808, 2048),
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvisions_backbones_have_its_parameters_without_the_classifier(name):
+    parameters, features = TORCHVISION[name]
+    with torch.device("meta"):
+        network = backbone(name)
+        images = torch.empty(2, 3, 64, 64)
+    assert network.num_features == features
+    assert sum(p.numel() for p in network.parameters()) == parameters - 1000 * (features + 1)
+    assert network(images).shape == (2, features)
+    assert not [key for key in network.state_dict() if key.startswith("fc")]
+
+
+def test_resnet10_has_one_basic_block_a_stage():
+    network = backbone("resnet10")
+
+    def conv(inputs, outputs, size=3):
+        return size**2 * inputs * outputs + 2 * outputs
+
+    def stage(inputs, outputs):
+        shortcut = conv(inputs, outputs, 1) if outputs != inputs else 0
+        return conv(inputs, outputs) + conv(outputs, outputs) + shortcut
+
+    by_hand = conv(3, 64, 7) + stage(64, 64) + stage(64, 128) + stage(128, 256) + stage(256, 512)
+    assert sum(p.numel() for p in network.parameters()) == by_hand
+    assert network.num_features == 512
+    assert network.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 512)
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    """torchvision's own ResNet-18 with random weights, and images."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18().eval()
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):
+                value.uniform_(0.5, 1.5)
+    return network, torch.randn(2, 3, 64, 64)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_torchvision_give_its_logits_before_fc(resnet18, suffix, tmp_path):
+    original, images = resnet18
+    path = tmp_path / f"weights{suffix}"
+    save = torch.save if suffix == ".pth" else save_file
+    save(original.state_dict(), path)
+    network = backbone("resnet18")
+    assert load_backbone_weights(network, path) == ["fc.bias", "fc.weight"]
+    with torch.no_grad():
+        torch.testing.assert_close(original.fc(network.eval()(images)), original(images))
+
+
+def test_weights_without_counters_of_batches_load(resnet18, tmp_path):
+    original, images = resnet18
+    state = {k: v for k, v in original.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pth")
+    network = backbone("resnet18").eval()
+    load_backbone_weights(network, tmp_path / "old.pth")
+    with torch.no_grad():
+        torch.testing.assert_close(original.fc(network(images)), original(images))
+
+
+def without(state):
+    del state["layer3.0.conv1.weight"]
+
+
+def with_more(state):
+    state["layer5.0.conv1.weight"] = torch.zeros(1)
+
+
+def with_another_shape(state):
+    state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
+
+
+def of_another_network(state):
+    state.clear()
+    state.update(backbone("resnet8").state_dict())
+
+
+def not_a_state_dict(state):
+    state["epoch"] = 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without, r"not of this backbone: it lacks 1 \(layer3.0.conv1.weight, ...\)"),
+        (with_more, r"it has unknown 1 \(layer5.0.conv1.weight"),
+        (with_another_shape, r"it has other shapes of 1 \(conv1.weight"),
+        (of_another_network, r"it lacks 100 \(.*has unknown"),
+        (not_a_state_dict, "does not hold a state dict"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(resnet18, damage, message, tmp_path):
+    state = dict(resnet18[0].state_dict())
+    damage(state)
+    torch.save(state, tmp_path / "w.pth")
+    network = backbone("resnet18")
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(RecordError, match=message) as caught:
+        load_backbone_weights(network, tmp_path / "w.pth")
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("executed", "w"))
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_unreadable_weights_are_one_line_and_execute_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network = backbone("resnet8")
+    with pytest.raises(RecordError, match=f"there is no weights file {name}"):
+        load_backbone_weights(network, name)
+    for content in (b"", b"<html>404</html>", pickle.dumps({"conv.weight": Evil()}, 2)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RecordError, match=f"{name} cannot be read as weights") as caught:
+            load_backbone_weights(network, name)
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_the_places_recipe_trains_the_last_block_only():
+    with torch.device("meta"):
+        network = backbone("resnet152")
+    convolutions = {f"layer4.2.conv{i}.weight" for i in (1, 2, 3)}
+    norms = {f"layer4.2.bn{i}.{kind}" for i in (1, 2, 3) for kind in ("weight", "bias")}
+    assert set(freeze_but_last_block(network)) == convolutions | norms
+    assert {name for name, p in network.named_parameters() if p.requires_grad} == convolutions | norms
+
+
+def test_a_cifar_resnet_has_no_places_recipe():
+    with pytest.raises(MislasError, match=r"one of resnet10, resnet18, .*resnet152"):
+        freeze_but_last_block(backbone("resnet8"))
+
+
+def test_a_stored_resnet10_comes_back_with_its_statistics(tmp_path):
+    config = configure("tinyimagenet64", "ce", overrides={"backbone": "resnet10"})
+    network, head = backbone("resnet10"), nn.Linear(512, 200)
+    round_to_half(network), round_to_half(head)
+    network.train()(torch.randn(4, 3, 64, 64))
+    store = Store(tmp_path)
+    store.put_weights(config, network, head)
+    again, classifier = store.get_weights(config, 200)
+    for one, two in ((network, again), (head, classifier)):
+        assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())
+    found = batch_norm_statistics(again)
+    assert np.array_equal(found["bn_first_mean"], network.bn1.running_mean)
+    assert found["bn_last_var"].shape == (512,)
+
+
+def test_a_torchvision_backbone_trains_through_both_stages(monkeypatch, tmp_path, options):
+    """On three classes of noise at 64 pixels: the loop, the store and the measures take it as they take ResNet-32."""
+    monkeypatch.setitem(SPECS, "tinyimagenet64", Spec("Tiny", 3, 64, 6, padding=8))
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (18, 64, 64, 3), dtype=torch.uint8, generator=rng)
+    targets = torch.arange(18) % 3
+    data = Dataset("tinyimagenet64", 1.0, images, targets, images[:6], targets[:6], ("a", "b", "c"))
+    monkeypatch.setattr("mislas.runs.load", lambda *args, **kwargs: data)
+    changes = {"backbone": "resnet10", "stage1.epochs": 1, "stage2.epochs": 1, "stage1.batch_size": 9}
+    changes |= {"stage2.batch_size": 9, "precision": "fp32"}
+    (record,) = run(configure("tinyimagenet64", "mislas", 1, 0, changes), Store(tmp_path), None, options)
+    assert record.metrics["nll"] > 0
+    assert record.arrays()["bn_last_mean"].shape == (512,)
 
 
 def test_kaiming_weights_have_the_deviation_of_he_and_follow_the_generator():

@@ -1,0 +1,287 @@
+"""From a list of image files to normalised batches on the device, with the augmentation of Kang et al. (2020).
+
+    data = load_lists("places-lt", root="places", lists="lists")
+    batches = ImageBatches(data.train, data.spec, batch_size=256, device="cuda")
+    for images, targets in batches.epoch(rng, "class_balanced"): ...
+    for images, targets in ImageBatches(data.test, data.spec, batch_size=256, device="cuda").plain(): ...
+
+Worker processes do what differs from image to image: read, decode, cut out and resize to one size, as uint8. The device
+does the rest for a whole batch at once: mirror, jitter colours, normalise. All that is random is drawn from the
+generator of the epoch, so batches are the same with any number of workers, and add up to the same over any number of
+ranks.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as TF
+
+from .data import write_atomically
+from .errors import DataError, MislasError, unknown
+from .lists import PREPARED, ImageList, ListSpec, in_threads, read_image
+from .samplers import SAMPLERS
+
+#: In place of an image's seed: the test crop.
+PLAIN = -1
+
+
+# ------------------------------------------------------------------------------------------------------ one image
+
+
+def crop_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """A random crop as torchvision's RandomResizedCrop draws it (Szegedy et al., 2015).
+
+    Its share of the area is uniform in ``scale``, the logarithm of width / height uniform between those of ``ratio``.
+    After ten attempts that do not fit, the largest central crop with a ratio inside the limits.
+
+    Returns:
+        top, left, height, width, in pixels.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    h = min(height, round(width / ratio[0]))
+    w = min(width, round(height * ratio[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop(image: Tensor, size: int, seed: int) -> Tensor:
+    """Cut an image to ``size`` pixels a side, resized with antialiasing: uint8 ``(3, H, W)`` to ``(3, size, size)``.
+
+    Args:
+        seed: of :func:`crop_box`, >= 0; or :data:`PLAIN` for the test crop: the shorter side to ``size * 8 / 7`` (256
+            for 224), then the centre.
+    """
+    if seed == PLAIN:
+        return TF.center_crop(TF.resize(image, [size * 8 // 7], antialias=True), [size, size])
+    box = crop_box(np.random.default_rng(seed), *image.shape[1:])
+    return TF.resized_crop(image, *box, [size, size], antialias=True)
+
+
+# -------------------------------------------------------------------------------------------------------- a batch
+
+
+def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation, each image by its own factors in its own order.
+
+    Each change is ``factor * x + (1 - factor) * other``, clipped to 0..1, where ``other`` is black (0, brightness), the
+    mean of the image's greys (1, contrast), or its greys (2, saturation).
+
+    Args:
+        images: float ``(B, 3, H, W)`` in 0..1.
+        factors: ``(B, 3)``; 1 changes nothing. Of brightness, contrast, saturation.
+        order: int64 ``(B, 3)``, a permutation of 0, 1, 2 for each image.
+    """
+    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R 601, as torchvision
+    for change in order.T:
+        which = change.view(-1, 1, 1, 1)
+        grey = (images * weights).sum(1, keepdim=True)
+        other = torch.where(which == 2, grey, torch.where(which == 1, grey.mean((2, 3), keepdim=True), 0.0))
+        factor = factors.gather(1, change[:, None]).view(-1, 1, 1, 1)
+        images = torch.lerp(other, images, factor).clamp(0, 1)
+    return images
+
+
+def pieces(n: int, batch_size: int, rank: int, world: int) -> list[tuple[int, int]]:
+    """Which positions of an epoch a rank takes in each step: ``(start, stop)`` per step.
+
+    In every step the ranks' pieces are disjoint, in order, together the whole batch, and differ in length by at most 1.
+    Only in the last step a piece can be empty, if fewer than ``world`` images are left.
+    """
+    steps = ((start, min(batch_size, n - start)) for start in range(0, n, batch_size))
+    return [(start + size * rank // world, start + size * (rank + 1) // world) for start, size in steps]
+
+
+class _Decoder(torch.utils.data.Dataset):
+    """What runs in the workers: (index, seed) pairs of a batch to its crops, or to the line that says what is wrong."""
+
+    def __init__(self, images: ImageList, size: int):
+        self.images, self.size = images, size
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> Tensor | str:
+        crops = torch.empty(len(items), 3, self.size, self.size, dtype=torch.uint8)
+        try:
+            for place, (index, seed) in zip(crops, items, strict=True):
+                place.copy_(crop(read_image(self.images.file(index)), self.size, seed))
+        except DataError as error:  # as a value: an exception would arrive wrapped in a worker's traceback
+            return str(error)
+        return crops
+
+
+def _as_it_is(batch: Tensor | str) -> Tensor | str:
+    return batch
+
+
+class ImageBatches:
+    """Batches of a list of images.
+
+    Args:
+        images: see :func:`mislas.lists.load_lists`.
+        spec: its size, statistics and jitter.
+        batch_size: images of a step, over all ranks together.
+        device: where batches go.
+        workers: processes that decode; 0 decodes in this one, None takes one per processor and rank.
+        rank, world: which of how many processes that train together this is; each gets its piece of every batch.
+
+    Raises:
+        MislasError: a batch size smaller than the number of ranks, or a rank that is not in ``0 .. world - 1``.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        spec: ListSpec,
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if not 0 <= rank < world <= batch_size:
+            raise MislasError(
+                f"rank is in 0..world - 1 and the batch size at least world, got rank {rank}, world {world}, "
+                f"batch size {batch_size}"
+            )
+        self.images, self.spec, self.device = images, spec, torch.device(device)
+        self.pieces = pieces(len(images), batch_size, rank, world)
+        self.targets = images.targets.to(self.device)
+        self.mean, self.std = (
+            torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (spec.mean, spec.std)
+        )
+        workers = max(1, (os.cpu_count() or 1) // world) if workers is None else workers
+        self._work: list[list[tuple[int, int]]] = []  # what the workers do next: the loader reads it anew every epoch
+        self._loader = DataLoader(
+            _Decoder(images, spec.size),
+            batch_sampler=self._work,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def __len__(self) -> int:
+        """Images of the list, not of this rank."""
+        return len(self.images)
+
+    def epoch(self, rng: np.random.Generator, sampler: str = "instance_balanced") -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of augmented batches: random resized crop, mirror, colour jitter where the dataset has it.
+
+        Args:
+            rng: of this epoch; every rank passes an equal one.
+            sampler: name in :data:`mislas.samplers.SAMPLERS`.
+
+        Yields:
+            Images, float32 ``(B, 3, size, size)``, normalised, in channels-last memory; and targets, int64 ``(B,)``.
+
+        Raises:
+            DataError: an image that cannot be read.
+            MislasError: an unknown sampler.
+        """
+        if sampler not in SAMPLERS:
+            unknown("sampler", sampler, SAMPLERS)
+        index = SAMPLERS[sampler](rng, self.images.targets.numpy())
+        n, strength = len(index), self.spec.jitter
+        seeds = rng.integers(2**62, size=n)
+        mirrored = torch.from_numpy(rng.integers(2, size=n).astype(bool))
+        factors = torch.from_numpy(rng.uniform(max(0, 1 - strength), 1 + strength, size=(n, 3)).astype(np.float32))
+        order = torch.from_numpy(rng.permuted(np.tile(np.arange(3), (n, 1)), axis=1))
+        for crops, part in self._decoded(index, seeds):
+            flip = mirrored[part].to(self.device).view(-1, 1, 1, 1)
+            images = torch.where(flip, crops.flip(3), crops).float() / 255
+            if strength:
+                images = jitter(images, factors[part].to(self.device), order[part].to(self.device))
+            yield self._normalised(images), self.targets[torch.from_numpy(index[part]).to(self.device)]
+
+    def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images in order, the test crop: the same kind of batches as :meth:`epoch`."""
+        index = np.arange(len(self))
+        for crops, part in self._decoded(index, np.full(len(self), PLAIN)):
+            yield self._normalised(crops.float() / 255), self.targets[part]
+
+    def _decoded(self, index: np.ndarray, seeds: np.ndarray) -> Iterator[tuple[Tensor, slice]]:
+        parts = [slice(*piece) for piece in self.pieces]
+        self._work[:] = [list(zip(index[part].tolist(), seeds[part].tolist(), strict=True)) for part in parts]
+        decoded = iter(self._loader)
+        for part in parts:
+            try:
+                crops = next(decoded)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise MislasError(
+                    f"a process that decodes images died ({str(error).splitlines()[0]}); give this machine more shared "
+                    "memory (docker run --shm-size), or use fewer workers"
+                ) from error
+            if isinstance(crops, str):
+                raise DataError(crops)
+            yield crops.to(self.device, non_blocking=True), part
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+# -------------------------------------------------------------------------------------------------------- smaller
+
+
+def shrink(images: ImageList, folder: str | os.PathLike, side: int = 256, progress: bool = True) -> None:
+    """Copy the images of a list into ``folder``, the shorter side at most ``side`` pixels: much faster to decode.
+
+    They are other pixels (resized, and compressed again at JPEG quality 95), so a note is left in the folder that
+    :attr:`mislas.lists.ListDataset.checksum` counts in. It can be stopped at any moment, and goes on where it was.
+
+    Args:
+        images: the list.
+        folder: the new image root, not the old one.
+        side: of the shorter side, in pixels.
+        progress: whether to show a progress bar.
+
+    Raises:
+        MislasError: a folder that is the list's own root, or has images of another size.
+        DataError: an image that cannot be read.
+    """
+    folder, note = Path(folder), f"shorter side at most {side} pixels, JPEG quality 95\n"
+    if folder.resolve() == images.root.resolve():
+        raise MislasError(f"{folder} is where the images are; shrink them into another folder")
+    if (folder / PREPARED).exists() and (folder / PREPARED).read_text() != note:
+        raise MislasError(f"{folder} has images of another size; choose another folder, or delete it")
+    write_atomically(folder / PREPARED, lambda handle: handle.write(note.encode()))
+
+    def one(path: str) -> None:
+        target = folder / path
+        if target.exists():
+            return
+        pixels = read_image(images.root / path)
+        if min(pixels.shape[1:]) <= side:
+            content = (images.root / path).read_bytes()
+        else:
+            buffer = io.BytesIO()
+            small = Image.fromarray(TF.resize(pixels, [side], antialias=True).permute(1, 2, 0).numpy())
+            small.save(buffer, "JPEG", quality=95, subsampling=0)
+            content = buffer.getvalue()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")  # whole or not there; not flushed one by one, that is slow
+        part.write_bytes(content)
+        part.replace(target)
+
+    for _ in in_threads(one, list(dict.fromkeys(images.paths)), "shrink", progress):
+        pass

@@ -22,7 +22,8 @@ def test_every_row_has_a_title_and_a_number_per_imbalance_factor():
 
 
 def test_titles_agree_with_the_registry():
-    assert all(METHODS[name].title == title for name, title in paper.TITLES.items() if name in METHODS)
+    for name, title in (paper.TITLES_LARGE | paper.TITLES).items():  # the paper adds remarks in brackets
+        assert name not in METHODS or METHODS[name].title == title.split(" (")[0]
 
 
 def test_mislas_is_the_best_of_every_column_as_the_paper_says():
@@ -121,10 +122,9 @@ def test_mislas_is_the_best_of_every_large_benchmark():
     assert all(max(rows, key=rows.get) == "mislas" for rows in everywhere)
 
 
-def test_every_large_row_has_a_title_that_the_registry_shares():
+def test_every_large_row_has_a_title():
     rows = [*paper.TABLE4.values(), *paper.TABLE6.values(), paper.TABLE7, paper.TABLE8]
     assert set().union(*rows) == set(paper.TITLES_LARGE)
-    assert all(METHODS[n].title == title for n, title in paper.TITLES_LARGE.items() if n in METHODS)
 
 
 def test_the_authors_numbers_are_those_of_their_code():

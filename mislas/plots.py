@@ -95,7 +95,7 @@ def reliability_figure(
         dataset: one of the paper's, e.g. ``"cifar10"``.
         panels: for each panel its title, method and imbalance factor. One that has not been measured says so.
         columns: panels in a row.
-        title: what the figure calls the dataset; default :meth:`Study.title`.
+        title: what the figure calls the dataset; default :meth:`mislas.study.Study.title`.
     """
     if not any(study.runs(dataset, method, imbalance) for _, method, imbalance in panels):
         return _nothing(study, dataset, title)

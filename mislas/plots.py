@@ -95,7 +95,7 @@ def reliability_figure(
         dataset: one of the paper's, e.g. ``"cifar10"``.
         panels: for each panel its title, method and imbalance factor. One that has not been measured says so.
         columns: panels in a row.
-        title: what the figure calls the dataset; default :meth:`Study.title`.
+        title: what the figure calls the dataset; default :meth:`mislas.study.Study.title`.
     """
     if not any(study.runs(dataset, method, imbalance) for _, method, imbalance in panels):
         return _nothing(study, dataset, title)
@@ -249,7 +249,7 @@ def violin_figure(
 def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str | None = None) -> Figure:
     """Accuracy and ECE of MiSLAS for eps_1 and eps_K from 0.0 to 0.5, eps_K <= eps_1; darker is better.
 
-    Means over seeds. Marked are cross-entropy (both 0), the dataset's setting in Table 5, and the best cell.
+    Means over seeds. Marked are cross-entropy (both 0), the dataset's default (Table 5), and the best cell.
     """
     found = study.sweep(dataset, "mislas", GRID, imbalance)
     shown = [record for records in found for record in records]
@@ -267,7 +267,7 @@ def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str
             ax.set_title(name)
             frames = {
                 "cross-entropy": (0, 0, "--", GREEN),
-                "Table 5": (10 * chosen.eps_1, 10 * chosen.eps_k, "-", ORANGE),
+                "the default": (10 * chosen.eps_1, 10 * chosen.eps_k, "-", ORANGE),
             }
             for label, (x, y, line, colour) in frames.items():
                 style = {"fill": False, "edgecolor": colour, "linestyle": line, "linewidth": 3, "label": label}
@@ -281,16 +281,16 @@ def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str
 def _matrix(ax: Axes, values: dict[tuple[int, int], float], sign: int) -> None:
     """One matrix: a shaded square with its number per cell, a dash where nothing is measured, a star at the best."""
     low, high = min(values.values()), max(values.values())
-    best = max(values, key=lambda cell: sign * values[cell])
+    best = high if sign > 0 else low
     for x in range(6):
         for y in range(x + 1):
             value = values.get((x, y))
             shade = 0.0 if value is None or high == low else (value - low if sign > 0 else high - value) / (high - low)
             colour = "white" if value is None else plt.cm.Blues(0.1 + 0.75 * shade)
             ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
-            ink = "white" if shade > 0.55 else "black"
+            ink = "white" if shade > 0.8 else "black"
             ax.text(x, y, DASH if value is None else f"{value:.1f}", ha="center", va="center", color=ink)
-            if (x, y) == best:
+            if value == best:
                 ax.plot(x + 0.29, y + 0.27, "*", markersize=9, color=ink)
     ticks = {"ticks": range(6), "labels": [f"{i / 10}" for i in range(6)]}
     ax.set_xticks(**ticks)

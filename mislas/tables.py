@@ -100,7 +100,7 @@ def compare(
         imbalances: imbalance factors, in order.
         published: the paper's accuracy in percent for (method, imbalance), or None.
         titles: row names; default the registry's.
-        title: what the caption calls the dataset; default :meth:`Study.title`.
+        title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
     """
     tiny = study.kind == "tiny"
     beside = not tiny and any(
@@ -249,10 +249,10 @@ def variants(
     """Accuracy, ECE and NLL of one method under several changes, and how far accuracy is from the first row's.
 
     Args:
-        study: whose runs to show; see :meth:`Study.sweep`.
+        study: whose runs to show; see :meth:`mislas.study.Study.sweep`.
         changes: row names, and what each row changes of the method. The first row is what the others are held against.
         published: the paper's difference in points, by row name; left out with the tiny profile.
-        title: what the caption calls the dataset; default :meth:`Study.title`.
+        title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
     """
     found = study.sweep(dataset, method, list(changes.values()), imbalance)
     rows = {}

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device: crop, flip, normalisation, mixup."""
+"""Augmentation of whole batches on the device: crop, flip, normalisation, mixup and its kin."""
 
 from __future__ import annotations
 
@@ -67,3 +67,48 @@ class Images:
 def mixup(images: Tensor, lam: float, partner: Tensor) -> Tensor:
     """``lam * x_i + (1 - lam) * x_partner(i)`` (Zhang et al., 2018); the loss is mixed with the same weights."""
     return torch.lerp(images[partner], images, lam)
+
+
+def cutmix(images: Tensor, lam: float, partner: Tensor, centre: tuple[float, float]) -> tuple[Tensor, float]:
+    """Paste a box of the partner, a share ``1 - lam`` of the image, into each image (Yun et al., 2019, equation 2).
+
+    Args:
+        images: ``(B, C, H, W)``.
+        lam: share of the image that stays, 0..1, before the box is cut at the image's edge.
+        partner: whose box each image gets, ``(B,)``.
+        centre: the box's centre, as shares of height and width in 0..1; the same for the whole batch.
+
+    Returns:
+        The images, and the share that really stayed: the weight of the image's own label.
+    """
+    height, width = images.shape[2:]
+    side = (1 - lam) ** 0.5
+    rows, columns = (
+        slice(max(round((c - side / 2) * size), 0), min(round((c + side / 2) * size), size))
+        for c, size in zip(centre, (height, width), strict=True)
+    )
+    mixed = images.clone(memory_format=torch.preserve_format)
+    mixed[:, :, rows, columns] = images[partner][:, :, rows, columns]
+    return mixed, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
+
+
+def remix_weight(lam: float, counts: Tensor, partner_counts: Tensor, kappa: float, tau: float) -> Tensor:
+    """Weight of an image's own label when images are mixed with ``lam`` (Chou et al., 2020, equation 8).
+
+    0 where the image's class is at least kappa times as large as its partner's and ``lam < tau``; 1 where it is at
+    least kappa times smaller and ``1 - lam < tau``; else lam. The minority class gets the whole label.
+
+    Args:
+        lam: weight of the image itself, 0..1.
+        counts, partner_counts: training images of the class of each image and of its partner, ``(B,)``.
+        kappa: > 0 (the paper's: 3); infinite makes it mixup.
+        tau: > 0 (the paper's: 0.5).
+
+    Returns:
+        float32 ``(B,)``.
+    """
+    weight = torch.full(counts.shape, lam, dtype=torch.float32, device=counts.device)
+    ratio = counts / partner_counts
+    weight[(ratio >= kappa) & (lam < tau)] = 0
+    weight[(ratio <= 1 / kappa) & (1 - lam < tau)] = 1
+    return weight

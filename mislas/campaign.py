@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .config import RunConfig
+from .config import Adjustment, RunConfig
 from .data import SPECS, long_tailed_counts, write_atomically
 from .errors import MislasError, RecordError
 from .methods import configure
@@ -92,10 +92,17 @@ def jobs(configs: Iterable[RunConfig], store: Store, options: Options) -> list[J
     planned = []
     for group in plan(configs, store):
         first = group[0]
-        passes = (first.stage2 or first.stage1).epochs * _images(first)
+        passes = _epochs(first) * _images(first)
         rate = rates.get(_kind(first))
         planned.append(Job(group, passes, None if rate is None else passes / rate))
     return planned
+
+
+def _epochs(config: RunConfig) -> int:
+    """Passes over the training images; a rule looks at them once, whatever it shifts."""
+    if isinstance(config.stage2, Adjustment):
+        return 1 + (config.stage2.shift_epochs or 0)
+    return (config.stage2 or config.stage1).epochs
 
 
 def _images(config: RunConfig) -> int:
@@ -104,15 +111,14 @@ def _images(config: RunConfig) -> int:
 
 
 def _kind(config: RunConfig) -> tuple:
-    return config.stage2 is None, config.backbone, config.precision, SPECS[config.dataset].size
+    return type(config.stage2).__name__, config.backbone, config.precision, SPECS[config.dataset].size
 
 
 def _rates(store: Store, options: Options) -> dict[tuple, float]:
     here, rates = device_name(options.torch_device()), {}
     for record in store:
         if record.provenance["device"] == here and record.provenance["seconds"] > 0:
-            stage = record.config.stage2 or record.config.stage1
-            images = sum(record.provenance["class_counts"]) * stage.epochs
+            images = sum(record.provenance["class_counts"]) * _epochs(record.config)
             rates[_kind(record.config)] = images / record.provenance["seconds"]
     return rates
 

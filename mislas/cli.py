@@ -328,8 +328,14 @@ def _print_runs(records: Sequence[Record]) -> None:
 
 def _list(arguments: argparse.Namespace) -> None:
     if arguments.what == "methods":
+        width = max(map(len, METHODS))
         for name, method in METHODS.items():
-            print(f"{name:16}  {method.idea}\n{'':16}  {method.source}")
+            tables = (
+                f"Table {', '.join(map(str, method.tables))} of the paper"
+                if method.tables
+                else "not in the paper's tables"
+            )
+            print(f"{name:{width}}  {method.idea}\n{'':{width}}  {method.source}; {tables}")
         return
     if arguments.what == "datasets":
         for name, spec in SPECS.items():

@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .data import dataset_name
 from .errors import MislasError, unknown
-from .losses import check_smoothing
+from .losses import LOSSES, check_smoothing
 from .models import check_backbone
 from .samplers import SAMPLERS
 
-SCHEDULES = ("multistep", "cosine")
+#: Steps of a schedule: shares of the epochs after which the rate is multiplied, and by what; None is cosine, to 0.
+SCHEDULES = {"multistep": ((0.8, 0.9), 0.1), "multistep-bbn": ((0.6, 0.8), 0.01), "cosine": None}
 PRECISIONS = ("fp32", "bf16")
 DELTAS = ("zeros", "fresh", "stage1")
 SMOOTHING = ("others", "all")
+MIXES = ("remix", "cutmix")
+RULES = ("tau_norm", "ncm", "logit_adjustment", "temperature")
 
 # A field whose value is None is "off" and is left out of the canonical form. A field added later starts as None, so
 # that the identities of runs measured before it stay what they were.
@@ -29,11 +33,23 @@ class Stage1:
 
     Attributes:
         epochs, batch_size, lr, momentum, weight_decay: SGD.
-        schedule: ``"multistep"`` (x0.1 after 80% and 90% of the epochs: 160 and 180 of 200) or ``"cosine"`` (to 0).
+        schedule: ``"multistep"`` (x0.1 after 80% and 90% of the epochs: 160 and 180 of 200), ``"multistep-bbn"``
+            (x0.01 after 60% and 80%: Zhou et al., 2020) or ``"cosine"`` (to 0).
         warmup: epochs of linear warm-up (Cao et al., 2019, use 5 on CIFAR).
-        loss: name in :data:`mislas.methods.LOSSES`.
+        loss: name in :data:`mislas.losses.LOSSES`; gamma, max_margin and adjustment belong to some of them.
         sampler: name in :data:`mislas.samplers.SAMPLERS`.
         mixup: alpha of mixup's Beta(alpha, alpha), or None for no mixup.
+        mix: another way to mix than mixup, with ``mixup`` as its alpha: ``"remix"`` (with remix_kappa and remix_tau)
+            or ``"cutmix"``.
+        gamma: of the focal loss, >= 0.
+        max_margin: of LDAM, > 0.
+        scale: of a cosine classifier, > 0; None is a linear classifier.
+        adjustment: of the logit-adjusted loss, >= 0.
+        beta: class weights by effective number, in [0, 1); None is no weights.
+        defer: share of the epochs after which beta and deferred_sampler come into force; None is from the start.
+        deferred_sampler: the sampler from then on.
+        second_sampler: sampler of a second branch of the network (BBN); None is one branch.
+        holdout: share of each class's images kept out of training, to choose tau or a temperature on; in (0, 0.5].
     """
 
     epochs: int
@@ -46,6 +62,26 @@ class Stage1:
     loss: str = "ce"
     sampler: str = "instance_balanced"
     mixup: float | None = None
+    mix: str | None = None
+    remix_kappa: float | None = None
+    remix_tau: float | None = None
+    gamma: float | None = None
+    max_margin: float | None = None
+    scale: float | None = None
+    adjustment: float | None = None
+    beta: float | None = None
+    defer: float | None = None
+    deferred_sampler: str | None = None
+    second_sampler: str | None = None
+    holdout: float | None = None
+
+    def deferred(self, epoch: int) -> bool:
+        """Whether what is deferred is still to come in an epoch (from 0)."""
+        return self.defer is not None and epoch < self.defer * self.epochs
+
+    def sampler_in(self, epoch: int) -> str:
+        """The sampler of an epoch (from 0)."""
+        return self.deferred_sampler if self.deferred_sampler and not self.deferred(epoch) else self.sampler
 
 
 @dataclass(frozen=True)
@@ -56,7 +92,7 @@ class Stage2:
         epochs, batch_size, lr, momentum, weight_decay, schedule, sampler, mixup: as in :class:`Stage1`.
         a, learn_scale, delta: see :class:`mislas.models.GeneralisedClassifier`.
         delta_lr: learning rate of dW as a ratio of ``lr`` (Table 5, column dW).
-        loss: ``"ce"`` or ``"las"`` (label-aware smoothing, equation 1).
+        loss: name in :data:`mislas.losses.LOSSES`: ``"las"`` is label-aware smoothing, equation (1).
         eps_1, eps_k, form, power, smoothing_over: of label-aware smoothing; see :mod:`mislas.losses`.
         shift_bn: whether the running mean and variance of batch norm are updated (section 3.3).
     """
@@ -81,6 +117,26 @@ class Stage2:
     sampler: str = "class_balanced"
     mixup: float | None = None
 
+    def sampler_in(self, epoch: int) -> str:
+        """The sampler of an epoch."""
+        return self.sampler
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """Stage-2 without gradients: Stage-1's classifier, changed by a rule (:mod:`mislas.adjust`).
+
+    Attributes:
+        rule: ``"tau_norm"``, ``"ncm"`` (nearest class mean), ``"logit_adjustment"`` or ``"temperature"``.
+        value: tau of tau-normalisation (>= 0) or of logit adjustment (>= 0), or the temperature (> 0). None: chosen on
+            the images that Stage-1 held out. ``"ncm"`` has none.
+        shift_epochs: epochs of class-balanced batches that first move batch norm's running statistics (section 3.3).
+    """
+
+    rule: str
+    value: float | None = None
+    shift_epochs: int | None = None
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -93,7 +149,7 @@ class RunConfig:
         seed: of initialisation, order, crops, mixup: 0 or more.
         precision: ``"bf16"`` (autocast, float32 master weights) or ``"fp32"``; evaluation is always float32.
         stage1: see :class:`Stage1`.
-        stage2: see :class:`Stage2`; None where the method has one stage.
+        stage2: see :class:`Stage2` and :class:`Adjustment`; None where the method has one stage.
         method: the registry's name for this recipe. A label: it does not enter the identity.
     """
 
@@ -103,22 +159,28 @@ class RunConfig:
     seed: int
     precision: str
     stage1: Stage1
-    stage2: Stage2 | None = None
+    stage2: Stage2 | Adjustment | None = None
     method: str = "custom"
 
     def __post_init__(self):
         object.__setattr__(self, "dataset", dataset_name(self.dataset))
         object.__setattr__(self, "imbalance", float(self.imbalance))
-        if not self.imbalance >= 1:
-            raise MislasError(f"imbalance factor must be >= 1 (1 is balanced), got {self.imbalance:g}")
+        if not 1 <= self.imbalance < math.inf:
+            raise MislasError(f"imbalance factor must be >= 1 (1 is balanced) and finite, got {self.imbalance:g}")
         check_backbone(self.backbone)
         if not (isinstance(self.seed, int) and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
         if self.precision not in PRECISIONS:
             unknown("precision", self.precision, PRECISIONS)
-        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
-            if stage is not None:
-                _check_stage(name, stage)
+        _check_stage("stage1", self.stage1)
+        _check_stage1(self.stage1)
+        if isinstance(self.stage2, Adjustment):
+            _check_adjustment(self.stage2, self.stage1)
+        elif self.stage2 is not None:
+            _check_stage("stage2", self.stage2)
+            _check_stage2(self.stage2)
+        if self.stage2 is not None and (self.stage1.scale or self.stage1.second_sampler):
+            raise MislasError("stage2 needs a linear classifier: stage1.scale and stage1.second_sampler must be null")
 
     def canonical(self) -> dict[str, Any]:
         """What decides the numbers, as plain JSON types; fields that are off (None) are left out."""
@@ -136,6 +198,8 @@ class RunConfig:
     def stage1_only(self) -> RunConfig:
         """The Stage-1 run that this one builds on: a run of its own, shared by every Stage-2."""
         method = "mixup" if self.stage1.mixup else self.stage1.loss
+        if self.stage1.holdout is not None:
+            method += "+holdout"
         return replace(self, stage2=None, method=method) if self.stage2 else self
 
     @property
@@ -143,6 +207,8 @@ class RunConfig:
         """Equal for runs whose Stage-2 sees the same features: they train together on one backbone pass."""
         if self.stage2 is None:
             return self.id
+        if isinstance(self.stage2, Adjustment):
+            return f"{self.stage1_only.id}:adjust,{self.stage2.shift_epochs}"
         keys = ("epochs", "batch_size", "sampler", "shift_bn", "mixup")
         return f"{self.stage1_only.id}:" + ",".join(str(getattr(self.stage2, key)) for key in keys)
 
@@ -154,7 +220,7 @@ class RunConfig:
         stored = dict(stored)
         stored["stage1"] = Stage1(**stored["stage1"])
         if stored.get("stage2") is not None:
-            stored["stage2"] = Stage2(**stored["stage2"])
+            stored["stage2"] = (Adjustment if "rule" in stored["stage2"] else Stage2)(**stored["stage2"])
         return cls(**stored)
 
     def override(self, changes: dict[str, Any]) -> RunConfig:
@@ -175,17 +241,23 @@ class RunConfig:
         for where, new in stages.items():
             stage = getattr(self, where)
             if new and stage is not None:
-                top[where] = replace(stage, **_meaningful(stage, new))
+                top[where] = _change(stage, new)
         return replace(self, **top) if top else self
 
 
 _TOP = tuple(f.name for f in fields(RunConfig) if f.name not in ("stage1", "stage2", "method"))
-_STAGE = {"stage1": {f.name: f for f in fields(Stage1)}, "stage2": {f.name: f for f in fields(Stage2)}}
+_TYPES = {
+    None: {f.name: f.type for f in fields(RunConfig)},
+    "stage1": {f.name: f.type for f in fields(Stage1)},
+    "stage2": {f.name: f.type for owner in (Stage2, Adjustment) for f in fields(owner)},
+}
+#: Fields that mean something for some losses only. (A cosine classifier's scale serves any loss.)
+_LOSS_SETTINGS = {name for spec in LOSSES.values() for name in spec.settings + spec.optional} - {"scale"}
 
 
 def field_names() -> list[str]:
     """Every field that an override may name."""
-    return [*_TOP, *(f"{stage}.{name}" for stage, known in _STAGE.items() for name in known)]
+    return [*_TOP, *(f"{stage}.{name}" for stage in ("stage1", "stage2") for name in _TYPES[stage])]
 
 
 def locate(key: str) -> tuple[str | None, str]:
@@ -194,15 +266,14 @@ def locate(key: str) -> tuple[str | None, str]:
         return None, key
     stage, _, field = key.rpartition(".")
     for where in (stage,) if stage else ("stage1", "stage2"):
-        if field in _STAGE.get(where, ()):
+        if where and field in _TYPES.get(where, ()):
             return where, field
     unknown("field", key, field_names())
 
 
 def check_type(key: str, value: Any, where: str | None, field: str) -> Any:
     """Return ``value`` as the field's type, or say what the field takes."""
-    owner = {None: RunConfig, "stage1": Stage1, "stage2": Stage2}[where]
-    annotation = str({f.name: f.type for f in fields(owner)}[field])
+    annotation = str(_TYPES[where][field])
     if value is None and "None" in annotation:
         return None
     kind = annotation.split(" | ")[0]
@@ -217,21 +288,28 @@ def check_type(key: str, value: Any, where: str | None, field: str) -> Any:
     raise MislasError(f"{key} takes {annotation.replace(' | ', ' or ')}, got {value!r}")
 
 
-def _meaningful(stage: Stage1 | Stage2, new: dict[str, Any]) -> dict[str, Any]:
-    after = {**dataclasses.asdict(stage), **new}
-    idle = set()
-    if after["loss"] != "las":
-        idle |= {"eps_1", "eps_k", "form", "power", "smoothing_over"}
-    if after.get("delta") is None:
-        idle.add("delta_lr")
-    return {key: value for key, value in new.items() if key not in idle}
+def _change(stage: Stage1 | Stage2 | Adjustment, new: dict[str, Any]) -> Stage1 | Stage2 | Adjustment:
+    """``stage`` with ``new`` values. Settings that mean nothing beside them are off, whether new or old."""
+    after = dataclasses.asdict(stage) | {key: value for key, value in new.items() if hasattr(stage, key)}
+    if not isinstance(stage, Adjustment):
+        spec = LOSSES.get(after["loss"])
+        idle = _LOSS_SETTINGS - {*spec.settings, *spec.optional} if spec else set()
+        if "power" not in new and after.get("form") != "power":
+            idle.add("power")
+        if isinstance(stage, Stage2) and after["delta"] is None:
+            idle.add("delta_lr")
+        after |= dict.fromkeys(idle & after.keys())
+    return type(stage)(**after)
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_stage(name: str, stage: Stage1 | Stage2) -> None:
-    positive = ("epochs", "batch_size", "lr")
-    for key in positive:
-        if not getattr(stage, key) > 0:
-            raise MislasError(f"{name}.{key} must be > 0, got {getattr(stage, key)!r}")
+    """What both stages have: optimiser, schedule, sampler, loss."""
+    for key in ("epochs", "batch_size", "lr"):
+        if not 0 < getattr(stage, key) < math.inf:
+            raise MislasError(f"{name}.{key} must be > 0 and finite, got {getattr(stage, key)!r}")
     for key in ("momentum", "weight_decay"):
         if not getattr(stage, key) >= 0:
             raise MislasError(f"{name}.{key} must be >= 0, got {getattr(stage, key)!r}")
@@ -241,24 +319,77 @@ def _check_stage(name: str, stage: Stage1 | Stage2) -> None:
         unknown(f"{name}.schedule", stage.schedule, SCHEDULES)
     if stage.sampler not in SAMPLERS:
         unknown(f"{name}.sampler", stage.sampler, SAMPLERS)
-    if isinstance(stage, Stage1):
-        return
+    if stage.loss not in LOSSES:
+        unknown(f"{name}.loss", stage.loss, LOSSES)
+    spec = LOSSES[stage.loss]
+    if any(getattr(stage, key, None) is None for key in spec.settings):
+        *most, last = spec.settings
+        needs = f"{', '.join(most)} and {last}" if most else last
+        raise MislasError(f"loss {stage.loss!r} needs {needs} in {name}")
+    for key in sorted(_LOSS_SETTINGS - {*spec.settings, *spec.optional}):
+        if getattr(stage, key, None) is not None:
+            owner = next(loss for loss, other in LOSSES.items() if key in other.settings + other.optional)
+            raise MislasError(f"{key} belongs to loss {owner!r}; {name}.loss is {stage.loss!r}")
+
+
+def _check_stage1(stage: Stage1) -> None:
+    for key in ("gamma", "adjustment"):
+        if getattr(stage, key) is not None and not getattr(stage, key) >= 0:
+            raise MislasError(f"stage1.{key} must be >= 0, got {getattr(stage, key)!r}")
+    for key in ("max_margin", "scale", "remix_kappa", "remix_tau"):
+        if getattr(stage, key) is not None and not getattr(stage, key) > 0:
+            raise MislasError(f"stage1.{key} must be > 0, got {getattr(stage, key)!r}")
+    if stage.beta is not None and not 0 <= stage.beta < 1:
+        raise MislasError(f"stage1.beta, of the effective number, must be in [0, 1), got {stage.beta!r}")
+    if stage.mix is not None and stage.mix not in MIXES:
+        unknown("stage1.mix", stage.mix, MIXES)
+    if stage.mix is not None and stage.mixup is None:
+        raise MislasError(f"stage1.mix={stage.mix!r} needs stage1.mixup, its alpha")
+    remix = (stage.remix_kappa is not None, stage.remix_tau is not None)
+    if remix != (stage.mix == "remix",) * 2:
+        raise MislasError("stage1.remix_kappa and stage1.remix_tau go with mix='remix' and only with it")
+    for key in ("deferred_sampler", "second_sampler"):
+        if getattr(stage, key) is not None and getattr(stage, key) not in SAMPLERS:
+            unknown(f"stage1.{key}", getattr(stage, key), SAMPLERS)
+    if stage.defer is not None and not 0 < stage.defer < 1:
+        raise MislasError(f"stage1.defer is a share of the epochs, between 0 and 1, got {stage.defer!r}")
+    if (stage.defer is None) != (stage.beta is None and stage.deferred_sampler is None) and (
+        stage.defer is not None or stage.deferred_sampler is not None
+    ):
+        raise MislasError("stage1.defer needs beta or deferred_sampler to defer, and deferred_sampler needs defer")
+    if stage.second_sampler is not None and stage.mixup is not None:
+        raise MislasError("two branches mix features in place of images: stage1.mixup must be null")
+    if stage.holdout is not None and not 0 < stage.holdout <= 0.5:
+        raise MislasError(f"stage1.holdout is a share of each class, above 0 and at most 0.5, got {stage.holdout!r}")
+
+
+def _check_stage2(stage: Stage2) -> None:
     if stage.a not in (0, 1):
-        raise MislasError(f"{name}.a is 0 or 1, got {stage.a!r}")
+        raise MislasError(f"stage2.a is 0 or 1, got {stage.a!r}")
     if stage.delta is not None and stage.delta not in DELTAS:
-        unknown(f"{name}.delta", stage.delta, DELTAS)
+        unknown("stage2.delta", stage.delta, DELTAS)
     if stage.delta is None and not (stage.a and stage.learn_scale):
         raise MislasError("stage2 learns nothing, or from nothing: set delta, or a=1 and learn_scale=true")
     if (stage.delta is None) != (stage.delta_lr is None) or (stage.delta_lr is not None and stage.delta_lr <= 0):
-        raise MislasError(f"{name}.delta_lr > 0 goes with delta and only with it, got {stage.delta_lr!r}")
+        raise MislasError(f"stage2.delta_lr > 0 goes with delta and only with it, got {stage.delta_lr!r}")
     if stage.loss == "las":
-        if None in (stage.eps_1, stage.eps_k, stage.form, stage.smoothing_over):
-            raise MislasError("loss 'las' needs eps_1, eps_k, form and smoothing_over")
         check_smoothing(stage.eps_1, stage.eps_k, stage.form, stage.power)
         if stage.smoothing_over not in SMOOTHING:
-            unknown(f"{name}.smoothing_over", stage.smoothing_over, SMOOTHING)
-    elif stage.eps_1 is not None or stage.eps_k is not None:
-        raise MislasError(f"eps_1 and eps_k belong to loss 'las'; {name}.loss is {stage.loss!r}")
+            unknown("stage2.smoothing_over", stage.smoothing_over, SMOOTHING)
+
+
+def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:
+    if stage.rule not in RULES:
+        unknown("stage2.rule", stage.rule, RULES)
+    if stage.value is not None and (stage.rule == "ncm" or not stage.value >= (stage.rule == "temperature") * 1e-3):
+        raise MislasError(
+            f"stage2.value is tau >= 0 of 'tau_norm' and 'logit_adjustment', or the temperature > 0; "
+            f"got {stage.value!r} for {stage.rule!r}"
+        )
+    if stage.value is None and stage.rule != "ncm" and stage1.holdout is None:
+        raise MislasError(f"{stage.rule!r} chooses its value on held-out images: set stage1.holdout, or stage2.value")
+    if stage.shift_epochs is not None and stage.shift_epochs < 1:
+        raise MislasError(f"stage2.shift_epochs must be at least 1, or null for no shift, got {stage.shift_epochs!r}")
 
 
 def _without_none(value: Any) -> Any:

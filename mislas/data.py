@@ -10,6 +10,7 @@ Nothing here knows of methods or runs. Files are found through an explicit ``dat
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -103,6 +104,25 @@ class Dataset:
     @cached_property
     def groups(self) -> dict[str, list[int]]:
         return groups(self.class_counts)
+
+    def hold_out(self, share: float) -> tuple[Dataset, Tensor]:
+        """This dataset with a share of each class's training images taken out, and the indices of those, ``(M,)``.
+
+        Of every class the last ``max(1, round(share * N_k))`` are taken (a class is in random order after the cut).
+
+        Raises:
+            DataError: a class would be left without an image.
+        """
+        out = torch.zeros(len(self.train_targets), dtype=torch.bool)
+        for k, count in enumerate(self.class_counts):
+            taken = max(1, round(share * count))
+            if taken >= count:
+                raise DataError(
+                    f"class {k} has {count} image(s), too few to hold any out; use a smaller imbalance factor"
+                )
+            out[(self.train_targets == k).nonzero()[-taken:, 0]] = True
+        kept = dataclasses.replace(self, train_images=self.train_images[~out], train_targets=self.train_targets[~out])
+        return kept, out.nonzero()[:, 0]
 
     @cached_property
     def checksum(self) -> str:

@@ -1,9 +1,10 @@
-"""Losses. Each maps logits (B, K) and targets (B,) to the mean loss over the batch."""
+"""Losses. Each maps logits (B, K) and targets (B,) to the loss of every image, (B,); :func:`mean` makes it a number."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,19 @@ from .errors import MislasError, unknown
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 FORMS = ("concave", "linear", "convex", "power")
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """``-log p_y``."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """The batch's loss: ``sum(w_i l_i) / sum(w_i)``, so that weights of another scale change nothing."""
+    return values.mean() if weights is None else (weights * values).sum() / weights.sum()
+
+
+# ------------------------------------------------------------------------------------------ label-aware smoothing
 
 
 def smoothing_factors(
@@ -37,9 +51,7 @@ def smoothing_factors(
         MislasError: values outside their range, an unknown form, or a class with no image.
     """
     check_smoothing(eps_1, eps_k, form, power)
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.min() < 1:
-        raise MislasError(f"class {int(counts.argmin())} has no image; label-aware smoothing needs at least one each")
+    counts = check_counts(class_counts)
     spread = counts.max() - counts.min()
     t = (counts - counts.min()) / spread if spread > 0 else torch.ones_like(counts)
     if form == "concave":
@@ -85,11 +97,105 @@ def label_aware_smoothing(factors: Tensor, *, over: str = "others") -> Loss:
         log_p = F.log_softmax(logits, dim=1)
         eps = share.to(log_p)[targets]
         own = log_p.gather(1, targets[:, None]).squeeze(1)
-        return -((1 - eps) * own + eps * log_p.mean(dim=1)).mean()
+        return -((1 - eps) * own + eps * log_p.mean(dim=1))
 
     return loss
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """``-log p_y``, mean over the batch."""
-    return F.cross_entropy(logits, targets)
+# ----------------------------------------------------------------------------------- re-weighting and re-margining
+
+
+def check_counts(class_counts: Sequence[int]) -> Tensor:
+    """Training images per class as float64 ``(K,)``; :class:`MislasError` if a class has none."""
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.min() < 1:
+        raise MislasError(f"class {int(counts.argmin())} has no image; this loss needs at least one of each")
+    return counts
+
+
+def focal(gamma: float) -> Loss:
+    """Focal loss ``-(1 - p_y)^gamma log p_y`` (Lin et al., 2017, equation 4); gamma 0 is cross-entropy."""
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        own = F.log_softmax(logits, dim=1).gather(1, targets[:, None]).squeeze(1)
+        rest = (-own.expm1()).clamp_min(torch.finfo(own.dtype).tiny)  # 1 - p_y; the slope of 0^gamma is infinite
+        return -(rest**gamma) * own
+
+    return loss
+
+
+def effective_number_weights(class_counts: Sequence[int], beta: float) -> Tensor:
+    """Class weights ``(1 - beta) / (1 - beta^N_y)``, scaled to a sum of K (Cui et al., 2019, equation 4 and section 4).
+
+    Args:
+        class_counts: training images per class, ``(K,)``, each at least 1.
+        beta: in ``[0, 1)``; 0 weighs all classes alike, and towards 1 the weights become inverse frequencies.
+
+    Returns:
+        float32 ``(K,)``.
+    """
+    if not 0 <= beta < 1:
+        raise MislasError(f"beta of the effective number must be in [0, 1), got {beta}")
+    weights = (1 - beta) / (1 - beta ** check_counts(class_counts))
+    return (weights * len(weights) / weights.sum()).float()
+
+
+def ldam(class_counts: Sequence[int], max_margin: float, scale: float) -> Loss:
+    """Cross-entropy with a margin on the true class that is larger for rarer classes (Cao et al., 2019, equation 13).
+
+    ``-log softmax(z - scale * D_y e_y)_y`` with ``D_k = C / N_k^(1/4)`` and C such that the rarest class has
+    ``max_margin``. Logits are those of a cosine classifier, ``z = scale * cos``: the margin is one of cosines.
+    """
+    margins = check_counts(class_counts) ** -0.25
+    margins = (scale * max_margin / margins.max() * margins).float()
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        margin = F.one_hot(targets, logits.shape[1]) * margins.to(logits)
+        return cross_entropy(logits - margin, targets)
+
+    return loss
+
+
+def logit_adjusted(class_counts: Sequence[int], adjustment: float) -> Loss:
+    """Cross-entropy of ``z + adjustment * log pi``, pi the training frequencies (Menon et al., 2021, equation 10).
+
+    With adjustment 1 it is balanced softmax (Ren et al., 2020); with 0, cross-entropy.
+    """
+    counts = check_counts(class_counts)
+    shift = (adjustment * (counts / counts.sum()).log()).float()
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(logits + shift.to(logits), targets)
+
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------------- registry
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """A loss by name.
+
+    Attributes:
+        make: called with ``class_counts`` and the settings as keywords, returns the loss.
+        settings: fields of a stage that the loss needs.
+        optional: fields that it may have.
+    """
+
+    make: Callable[..., Loss]
+    settings: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+def _las(class_counts, eps_1, eps_k, form, smoothing_over, power=None) -> Loss:
+    return label_aware_smoothing(smoothing_factors(class_counts, eps_1, eps_k, form, power), over=smoothing_over)
+
+
+LOSSES: dict[str, LossSpec] = {
+    "ce": LossSpec(lambda class_counts: cross_entropy),
+    "las": LossSpec(_las, ("eps_1", "eps_k", "form", "smoothing_over"), ("power",)),
+    "focal": LossSpec(lambda class_counts, gamma: focal(gamma), ("gamma",)),
+    "ldam": LossSpec(ldam, ("max_margin", "scale")),
+    "logit_adjusted": LossSpec(logit_adjusted, ("adjustment",)),
+}

@@ -5,13 +5,14 @@ To add a row, add one entry to :data:`METHODS`: what it changes in Stage-1, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import losses
-from .config import RunConfig, Stage1, Stage2
+from .config import Adjustment, RunConfig, Stage1, Stage2
 from .data import dataset_name
 from .errors import unknown
+from .losses import LOSSES, Loss
 
 
 @dataclass(frozen=True)
@@ -51,64 +52,209 @@ SETTINGS: dict[str, Settings] = {
     ),
 }
 
-LOSSES: dict[str, Any] = {"ce": losses.cross_entropy}
-
 
 @dataclass(frozen=True)
 class Method:
-    """One row of a table.
+    r"""One row of a table.
 
     Attributes:
         title: as the paper prints it.
         idea: one sentence.
         source: citation.
-        mixup: whether Stage-1 uses mixup; alpha is the dataset's (1 on CIFAR).
+        tables: the paper's tables that have this row.
+        equation: what it computes, as LaTeX.
+        mixup: whether Stage-1 mixes; alpha is the dataset's (1 on CIFAR).
+        longer: Stage-1's epochs as a multiple of the dataset's.
         stage1: fields of :class:`Stage1` that differ from the dataset's settings.
-        stage2: fields of :class:`Stage2`, or None for a one-stage method. With ``loss="las"`` the dataset's eps_1
-            and eps_k are filled in.
+        stage2: fields of :class:`Stage2`, or of :class:`Adjustment` (with ``rule``), or None for a one-stage method.
+            With ``loss="las"`` the dataset's eps_1 and eps_k are filled in.
     """
 
     title: str
     idea: str
     source: str
+    tables: tuple[int, ...] = ()
+    equation: str = ""
     mixup: bool = False
+    longer: float = 1.0
     stage1: dict[str, Any] = field(default_factory=dict)
     stage2: dict[str, Any] | None = None
 
+    @property
+    def where(self) -> str:
+        """The paper's tables that have this row, in words."""
+        if not self.tables:
+            return "not in the paper's tables"
+        return f"Table{'s' * (len(self.tables) > 1)} {', '.join(map(str, self.tables))} of the paper"
 
-CRT = dict(a=0, learn_scale=False, delta="fresh", delta_lr=1.0)
-LWS = dict(a=1, learn_scale=True)
+
+CAO = "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019"
+CHOU = "Chou et al., Remix: Rebalanced mixup, ECCV Workshops 2020"
+CUI = "Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019"
+GUO = "Guo et al., On calibration of modern neural networks, ICML 2017"
+KANG = "Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020"
+LIN = "Lin et al., Focal loss for dense object detection, ICCV 2017"
+MENON = "Menon et al., Long-tail learning via logit adjustment, ICLR 2021"
+MISLAS = "Improving calibration for long-tailed recognition (the paper)"
+REN = "Ren et al., Balanced meta-softmax for long-tailed visual recognition, NeurIPS 2020"
+YUN = "Yun et al., CutMix: Regularization strategy to train strong classifiers with localizable features, ICCV 2019"
+ZHANG = "Zhang et al., mixup: Beyond empirical risk minimization, ICLR 2018"
+ZHOU = "Zhou et al., BBN: Bilateral-branch network with cumulative learning, CVPR 2020"
+
+# Parts that rows share. Deferral starts after 80% of the epochs, 160 of 200 (Cao et al.).
+DRW = dict(beta=0.9999, defer=0.8)
+DRS = dict(deferred_sampler="class_balanced", defer=0.8)
+LDAM = dict(loss="ldam", max_margin=0.5, scale=30.0)
+REMIX = dict(mix="remix", remix_kappa=3.0, remix_tau=0.5)
+HOLDOUT = dict(holdout=0.1)
 GENERALISED = dict(a=1, learn_scale=True, delta="zeros")  # equation (4); delta_lr is the dataset's
 LAS = dict(loss="las", form="concave", smoothing_over="others")
 
-KANG = "Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020"
-ZHANG = "Zhang et al., mixup: Beyond empirical risk minimization, ICLR 2018"
-MISLAS = "Improving calibration for long-tailed recognition (the paper)"
-
-METHODS: dict[str, Method] = {
-    "ce": Method("CE", "Cross-entropy on the images as they come.", "the plain model"),
-    "mixup": Method("mixup", "Train on convex combinations of images and of their labels.", ZHANG, mixup=True),
-    "crt": Method("cRT", "Freeze the backbone; learn a new classifier on balanced classes.", KANG, stage2=CRT),
-    "lws": Method("LWS", "Freeze the backbone; learn one scale per class on balanced classes.", KANG, stage2=LWS),
-    "crt+mixup": Method("cRT+mixup", "cRT on a backbone trained with mixup.", KANG, mixup=True, stage2=CRT),
-    "lws+mixup": Method("LWS+mixup", "LWS on a backbone trained with mixup.", KANG, mixup=True, stage2=LWS),
-    "lws+mixup+shift": Method(
-        "LWS+mixup+SL",
-        "LWS+mixup, batch norm's running statistics shifted.",
-        MISLAS,
-        True,
-        {},
-        LWS | {"shift_bn": True},
+ONE_STAGE: dict[str, Method] = {
+    "ce": Method(
+        "CE", "Cross-entropy on the images as they come.", "the plain model", (1, 3, 4), r"l = -\log p_y"
     ),
-    "lws+las": Method("LWS+LAS", "LWS learned with label-aware smoothing.", MISLAS, stage2=LWS | LAS),
+    "focal": Method(
+        "Focal Loss", "Images that are classified well count less.", LIN, (8,),
+        r"l = -(1 - p_y)^\gamma \log p_y, \quad \gamma = 2", stage1=dict(loss="focal", gamma=2.0),
+    ),
+    "cb": Method(
+        "CB", "Classes are weighted by the inverse of their effective number of images.", CUI, (),
+        r"l = -\frac{1 - \beta}{1 - \beta^{N_y}} \log p_y, \quad \beta = 0.9999", stage1=dict(beta=0.9999),
+    ),
+    "cb-focal": Method(
+        "CB-Focal", "Focal loss, with class weights by effective number.", CUI, (4,),
+        r"l = -\frac{1 - \beta}{1 - \beta^{N_y}} (1 - p_y)^\gamma \log p_y, \quad \beta = 0.9999, \gamma = 0.5",
+        stage1=dict(loss="focal", gamma=0.5, beta=0.9999),
+    ),
+    "ldam": Method(
+        "LDAM", "Rarer classes must win by a larger margin.", CAO, (),
+        r"l = -\log \frac{e^{z_y - s \Delta_y}}{e^{z_y - s \Delta_y} + \sum_{i \ne y} e^{z_i}}, "
+        r"\quad z = s \cos, \; \Delta_k \propto N_k^{-1/4}, \; \max \Delta = 0.5, \; s = 30",
+        stage1=LDAM,
+    ),
+    "ce+drw": Method(
+        "CE+DRW", "Cross-entropy; class weights from 80% of the epochs on.", CAO, (4,),
+        r"l = -\omega_y(t) \log p_y, \quad \omega_y(t) = 1 \text{ before, } "
+        r"\tfrac{1 - \beta}{1 - \beta^{N_y}} \text{ after}", stage1=DRW,
+    ),
+    "focal+drw": Method(
+        "Focal+DRW", "Focal loss; class weights from 80% of the epochs on.", CAO, (4,),
+        r"l = -\omega_y(t) (1 - p_y)^\gamma \log p_y, \quad \gamma = 1", stage1=dict(loss="focal", gamma=1.0) | DRW,
+    ),
+    "ldam+drw": Method(
+        "LDAM+DRW", "LDAM; class weights from 80% of the epochs on.", CAO, (3, 4),
+        r"l = \omega_y(t) \, l_{\mathrm{LDAM}}", stage1=LDAM | DRW,
+    ),
+    "ldam+drs": Method(
+        "LDAM+DRS", "LDAM; class-balanced batches from 80% of the epochs on.", CAO, (),
+        r"l = l_{\mathrm{LDAM}}", stage1=LDAM | DRS,
+    ),
+    "mixup": Method(
+        "mixup", "Train on convex combinations of images and of their labels.", ZHANG, (1, 3),
+        r"\tilde x = \lambda x_i + (1 - \lambda) x_j, \quad l = \lambda l(y_i) + (1 - \lambda) l(y_j)", mixup=True,
+    ),
+    "cutmix": Method(
+        "CutMix", "Paste a box of one image into another; mix labels by area.", YUN, (),
+        r"\tilde x = M \odot x_i + (1 - M) \odot x_j, \quad l = \lambda l(y_i) + (1 - \lambda) l(y_j)",
+        mixup=True, stage1=dict(mix="cutmix"),
+    ),
+    "remix": Method(
+        "Remix", "mixup whose label goes to the rarer of two very unequal classes.", CHOU, (),
+        r"\lambda_y = 0 \text{ if } N_i / N_j \ge \kappa, \lambda < \tau; \;"
+        r" 1 \text{ if } N_i / N_j \le 1 / \kappa, 1 - \lambda < \tau; \; \lambda \text{ else}",
+        mixup=True, stage1=REMIX,
+    ),
+    "remix+drw": Method(
+        "Remix+DRW", "Remix for half as long again; class weights from 80% of the epochs on.", CHOU, (3, 4),
+        r"l = \lambda_y \omega_{y_i}(t) l(y_i) + (1 - \lambda_y) \omega_{y_j}(t) l(y_j)",
+        mixup=True, longer=1.5, stage1=REMIX | DRW,
+    ),
+    "bbn": Method(
+        "BBN", "Two branches, one fed the images as they come, one mostly rare classes; the weight moves over.",
+        ZHOU, (3, 4),
+        r"z = \alpha W_c^\top f_c + (1 - \alpha) W_r^\top f_r, \quad l = \alpha l(y_c) + (1 - \alpha) l(y_r), "
+        r"\quad \alpha = 1 - (t / T)^2",
+        stage1=dict(second_sampler="reverse", schedule="multistep-bbn"),
+    ),
+    "balanced-softmax": Method(
+        "Balanced softmax", "Cross-entropy of logits shifted by the log of the class frequencies.", REN, (),
+        r"l = -\log \frac{N_y e^{z_y}}{\sum_i N_i e^{z_i}}", stage1=dict(loss="logit_adjusted", adjustment=1.0),
+    ),
+}  # fmt: skip
+
+#: Decoupled methods: how the classifier is found on a frozen backbone. Each comes with and without mixup in Stage-1,
+#: and with and without shifted batch norm.
+DECOUPLED: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Any]]] = {
+    "crt": (
+        "cRT", "Learn a new classifier on balanced classes.", r"z = W'^\top x",
+        {}, dict(a=0, learn_scale=False, delta="fresh", delta_lr=1.0),
+    ),
+    "lws": (
+        "LWS", "Learn one scale per class on balanced classes.", r"z = \mathrm{diag}(s) W^\top x",
+        {}, dict(a=1, learn_scale=True),
+    ),
+    "tau-norm": (
+        "τ-normalized", "Divide each class's weights by a power of their norm, chosen on held-out images.",
+        r"z_k = w_k^\top x / \lVert w_k \rVert^\tau", HOLDOUT, dict(rule="tau_norm"),
+    ),
+    "ncm": (
+        "NCM", "The class whose mean feature is nearest.", r"z_k = -\tfrac12 \lVert x - m_k \rVert^2",
+        {}, dict(rule="ncm"),
+    ),
+}  # fmt: skip
+#: The paper's tables with each of them, by (mixup, shift).
+_TABLES = {
+    "crt": {(False, False): (1, 6, 7, 8), (True, False): (1, 3, 4, 6, 7, 8)},
+    "lws": {(False, False): (1, 2, 6, 7, 8), (True, False): (1, 2, 3, 4, 6, 7, 8), (True, True): (2,)},
+    "tau-norm": {(False, False): (7, 8)},
+}
+
+
+def _decoupled() -> dict[str, Method]:
+    """Every decoupled method with and without mixup, with and without shifted batch norm (SL)."""
+    found = {}
+    for name, (title, idea, equation, stage1, stage2) in DECOUPLED.items():
+        for mixup in (False, True):
+            for shift in (False, True):
+                moved = {} if not shift else {"shift_epochs": 10} if "rule" in stage2 else {"shift_bn": True}
+                extra = " Stage-1 with mixup." * mixup + " Batch norm's running statistics are shifted." * shift
+                found[name + "+mixup" * mixup + "+shift" * shift] = Method(
+                    title + "+mixup" * mixup + "+SL" * shift, idea + extra, MISLAS if shift else KANG,
+                    _TABLES.get(name, {}).get((mixup, shift), ()), equation, mixup, 1.0, stage1, stage2 | moved,
+                )  # fmt: skip
+    return found
+
+
+AFTER_TRAINING: dict[str, Method] = {
+    "logit-adjustment": Method(
+        "Logit adjustment", "Subtract the log of the class frequencies from the plain model's logits.", MENON, (),
+        r"z_k - \log \pi_k", stage2=dict(rule="logit_adjustment", value=1.0),
+    ),
+    "temperature": Method(
+        "CE+TS", "Divide the plain model's logits by a temperature, chosen on held-out images.", GUO, (),
+        r"z / T", stage1=HOLDOUT, stage2=dict(rule="temperature"),
+    ),
+    "temperature+mixup": Method(
+        "mixup+TS", "Divide the logits of a model trained with mixup by a temperature, chosen on held-out images.",
+        GUO, (), r"z / T", True, 1.0, HOLDOUT, dict(rule="temperature"),
+    ),
+}  # fmt: skip
+
+THE_PAPER: dict[str, Method] = {
+    "lws+las": Method(
+        "LWS+LAS", "LWS learned with label-aware smoothing.", MISLAS, (), r"\text{equations (1), (3)}",
+        stage2=DECOUPLED["lws"][-1] | LAS,
+    ),
     "mislas": Method(
         "MiSLAS",
         "mixup in Stage-1; then scales and a shift of the classifier, label-aware smoothing, shifted batch norm.",
-        MISLAS,
-        mixup=True,
-        stage2=GENERALISED | LAS | {"shift_bn": True},
+        MISLAS, (2, 3, 4, 6, 7, 8), r"z = \mathrm{diag}(s) (a W + \Delta W)^\top x, \text{ equations (1) to (6)}",
+        mixup=True, stage2=GENERALISED | LAS | {"shift_bn": True},
     ),
-}
+}  # fmt: skip
+
+METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | AFTER_TRAINING | THE_PAPER
 
 
 def configure(
@@ -134,9 +280,15 @@ def configure(
     if method not in METHODS:
         unknown("method", method, METHODS)
     settings, recipe = SETTINGS[dataset], METHODS[method]
-    stage1 = Stage1(**settings.stage1 | {"mixup": settings.mixup if recipe.mixup else None} | recipe.stage1)
+    ours = {
+        "mixup": settings.mixup if recipe.mixup else None,
+        "epochs": round(recipe.longer * settings.stage1["epochs"]),
+    }
+    stage1 = Stage1(**settings.stage1 | ours | recipe.stage1)
     stage2 = None
-    if recipe.stage2 is not None:
+    if recipe.stage2 is not None and "rule" in recipe.stage2:
+        stage2 = Adjustment(**recipe.stage2)
+    elif recipe.stage2 is not None:
         filled = {}
         if recipe.stage2.get("delta"):
             filled["delta_lr"] = settings.delta_lr
@@ -147,11 +299,8 @@ def configure(
     return config.override(overrides or {})
 
 
-def loss_for(stage: Stage1 | Stage2, class_counts: tuple[int, ...]) -> losses.Loss:
+def loss_for(stage: Stage1 | Stage2, class_counts: Sequence[int]) -> Loss:
     """The loss that a stage trains with, made for a training set's class counts."""
-    if stage.loss == "las":
-        factors = losses.smoothing_factors(class_counts, stage.eps_1, stage.eps_k, stage.form, stage.power)
-        return losses.label_aware_smoothing(factors, over=stage.smoothing_over)
-    if stage.loss not in LOSSES:
-        unknown("loss", stage.loss, [*LOSSES, "las"])
-    return LOSSES[stage.loss]
+    spec = LOSSES[stage.loss]
+    settings = {name: getattr(stage, name, None) for name in spec.settings + spec.optional}
+    return spec.make(class_counts, **{name: value for name, value in settings.items() if value is not None})

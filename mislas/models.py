@@ -165,11 +165,11 @@ def freeze_but_last_block(network: nn.Module) -> list[str]:
 
 
 def init_kaiming(module: nn.Module, generator: torch.Generator) -> None:
-    """He-normal weights for every convolution and linear layer, zero biases; batch norm starts as the identity."""
+    """He-normal weights for every convolution and classifier, zero biases; batch norm starts as the identity."""
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
+        if isinstance(layer, nn.Conv2d | nn.Linear | CosineClassifier):
             nn.init.kaiming_normal_(layer.weight, generator=generator)
-            if layer.bias is not None:
+            if getattr(layer, "bias", None) is not None:
                 nn.init.zeros_(layer.bias)
 
 
@@ -245,3 +245,67 @@ class GeneralisedClassifier(nn.Module):
         if self.delta is not None:
             groups.append({"params": list(self.delta.parameters()), "lr": lr * delta_lr})
         return groups
+
+
+class CosineClassifier(nn.Module):
+    """``z_k = scale * cos(w_k, x)``: features and weights are normalised, there is no bias (Cao et al., 2019).
+
+    Args:
+        num_features, num_classes: M and K.
+        scale: what cosines are multiplied by, > 0; a softmax over bare cosines could not be confident.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(num_classes, num_features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
+class TwoBranches(nn.Module):
+    """A CIFAR ResNet whose last block is there twice: conventional and re-balancing branch (BBN, Zhou et al., 2020).
+
+    ``network(images)`` are the features for testing: both branches side by side, ``(B, 2 M)``. In training each branch
+    sees its own images, ``network.branch(images, which)``, and the features are mixed by :func:`mix_branches`.
+    """
+
+    def __init__(self, network: CifarResNet):
+        super().__init__()
+        *shared, last = network.blocks
+        channels = last.conv2.out_channels
+        self.stem = nn.Sequential(network.conv, network.bn, nn.ReLU(), *shared)
+        self.branches = nn.ModuleList([last, BasicBlock(last.conv1.in_channels, channels, last.stride)])
+        self.num_features = 2 * network.num_features
+
+    def branch(self, images: Tensor, which: int) -> Tensor:
+        """Features ``(B, M)`` of the conventional (0) or the re-balancing (1) branch."""
+        return self.branches[which](self.stem(images)).mean(dim=(2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        shared = self.stem(images)
+        return mix_branches(*(block(shared).mean(dim=(2, 3)) for block in self.branches), alpha=0.5)
+
+
+def mix_branches(conventional: Tensor, rebalancing: Tensor, alpha: float) -> Tensor:
+    """``[alpha f_c, (1 - alpha) f_r]``: features side by side, weighted (Zhou et al., 2020, equation 1).
+
+    The classifier has weights for each half, so its logits are ``alpha W_c f_c + (1 - alpha) W_r f_r``. Testing uses
+    alpha 0.5. (The authors' code doubles both features.)
+    """
+    return torch.cat([alpha * conventional, (1 - alpha) * rebalancing], dim=1)
+
+
+def stage1_model(
+    name: str, num_classes: int, *, scale: float | None = None, two_branches: bool = False
+) -> tuple[nn.Module, nn.Module]:
+    """What Stage-1 trains: a backbone (see :func:`backbone`), and a linear or (with a scale) cosine classifier."""
+    network = backbone(name)
+    if two_branches:
+        if not isinstance(network, CifarResNet):
+            raise MislasError(f"two branches need a CIFAR ResNet (resnet8, resnet20, resnet32, ...), got {name!r}")
+        network = TwoBranches(network)
+    if scale is None:
+        return network, nn.Linear(network.num_features, num_classes)
+    return network, CosineClassifier(network.num_features, num_classes, scale)

@@ -26,12 +26,13 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from . import __version__
+from .adjust import adjust
 from .augment import Images
-from .config import RunConfig
+from .config import Adjustment, RunConfig
 from .data import Dataset, load, write_atomically
 from .errors import MislasError, RecordError
 from .evaluate import Predictions, predict, summarise
-from .models import GeneralisedClassifier, backbone
+from .models import GeneralisedClassifier, stage1_model
 from .train import Options, Trained, train_stage1, train_stage2
 
 SCHEMA = 1
@@ -144,13 +145,15 @@ class Store:
         content = save_safetensors(tensors, metadata={"run": config.id})
         write_atomically(self.path(config, ".safetensors"), lambda handle: handle.write(content))
 
-    def get_weights(self, config: RunConfig, num_classes: int) -> tuple[nn.Module, nn.Linear]:
-        """Stage-1's backbone and linear classifier, in float32."""
+    def get_weights(self, config: RunConfig, num_classes: int) -> tuple[nn.Module, nn.Module]:
+        """Stage-1's backbone and classifier, in float32."""
         path = self.find(config, ".safetensors")
         try:
             tensors = {name: value.float() for name, value in load_safetensors(path.read_bytes()).items()}
-            network = backbone(config.backbone)
-            head = nn.Linear(network.num_features, num_classes)
+            stage = config.stage1
+            network, head = stage1_model(
+                config.backbone, num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
+            )
             for prefix, module in (("backbone.", network), ("classifier.", head)):
                 own = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
                 module.load_state_dict(own)
@@ -241,7 +244,10 @@ def _run_group(group: list[RunConfig], data: Dataset, store: Store, options: Opt
         store.put_weights(first, trained.backbone, trained.heads[0])
     else:
         stage1 = store.get_weights(first.stage1_only, data.num_classes)
-        trained = train_stage2(group, stage1, data, options, checkpoint, along_the_way)
+        if isinstance(first.stage2, Adjustment):
+            trained = adjust(group, stage1, data, options)
+        else:
+            trained = train_stage2(group, stage1, data, options, checkpoint, along_the_way)
     finish(group, trained, data, test, store, options)
     checkpoint.unlink(missing_ok=True)
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .augment import Images, mixup
-from .config import RunConfig, Stage1, Stage2
+from .augment import Images, cutmix, mixup, remix_weight
+from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import Dataset, write_atomically
 from .errors import MislasError, RecordError
+from .losses import effective_number_weights, mean
 from .methods import loss_for
-from .models import GeneralisedClassifier, backbone, init_kaiming
+from .models import GeneralisedClassifier, init_kaiming, mix_branches, stage1_model
 from .samplers import SAMPLERS
 
 
@@ -95,9 +96,10 @@ def draw_batches(
     padding: int,
     flip: bool,
     device: torch.device,
+    sampler: str | None = None,
 ) -> Iterator[tuple[tuple[Tensor, ...], float, Tensor | None]]:
     """One epoch: for each batch ((index, top, left, flip), lambda, partner), drawn on the host and moved in one go."""
-    index = SAMPLERS[stage.sampler](rng, targets)
+    index = SAMPLERS[sampler or stage.sampler](rng, targets)
     n = len(index)
     top, left = rng.integers(2 * padding + 1, size=(2, n))
     mirrored = rng.integers(2, size=n).astype(bool) if flip else np.zeros(n, bool)
@@ -114,10 +116,84 @@ def learning_rate_factor(stage: Stage1 | Stage2, epoch: int) -> float:
     warmup = getattr(stage, "warmup", 0)
     if epoch < warmup:
         return (epoch + 1) / warmup
-    done = epoch / stage.epochs
-    if stage.schedule == "cosine":
+    done, steps = epoch / stage.epochs, SCHEDULES[stage.schedule]
+    if steps is None:
         return 0.5 * (1 + math.cos(math.pi * done))
-    return 0.01 if done >= 0.9 else 0.1 if done >= 0.8 else 1.0
+    milestones, factor = steps
+    return factor ** sum(done >= milestone for milestone in milestones)
+
+
+# --------------------------------------------------------------------------------------------- batches and their loss
+
+
+@dataclass
+class Batch:
+    """Augmented images and their labels.
+
+    Attributes:
+        images: float32 ``(B, 3, H, W)``, mixed if the stage mixes.
+        targets: ``(B,)``.
+        partner_targets: labels that were mixed in, ``(B,)``, or None.
+        weight: weight of the image's own label in 0..1: one number, or one per image (Remix).
+    """
+
+    images: Tensor
+    targets: Tensor
+    partner_targets: Tensor | None = None
+    weight: float | Tensor = 1.0
+
+
+class Batches:
+    """A training set on the device, and the epochs of one stage over it: the same for a seed on every device."""
+
+    def __init__(self, data: Dataset, stage: Stage1 | Stage2, stage_name: str, seed: int, device: torch.device):
+        self.images = Images(data.train_images, data.spec.mean, data.spec.std, padding=data.spec.padding, device=device)
+        self.targets, self.targets_host = data.train_targets.to(device), data.train_targets.numpy()
+        self.counts = torch.tensor(data.class_counts, dtype=torch.float32, device=device)
+        self.stage, self.purpose, self.flip, self.device = stage, (seed, stage_name), data.spec.flip, device
+
+    def epoch(self, epoch: int, sampler: str | None = None) -> Iterator[Batch]:
+        """The batches of an epoch (from 0), by the stage's sampler or another."""
+        stage, purpose = self.stage, (*self.purpose, epoch) if sampler is None else (*self.purpose, epoch, sampler)
+        centres = host_rng(*purpose, "centres")
+        draws = draw_batches(
+            host_rng(*purpose), self.targets_host, stage, self.images.padding, self.flip, self.device,
+            sampler or stage.sampler_in(epoch),
+        )  # fmt: skip
+        for drawn, lam, partner in draws:
+            x, y = self.images.batch(*drawn), self.targets[drawn[0]]
+            if partner is None:
+                yield Batch(x, y)
+                continue
+            mix, other = getattr(stage, "mix", None), y[partner]
+            if mix == "cutmix":
+                x, weight = cutmix(x, lam, partner, tuple(centres.random(2)))
+            else:
+                x, weight = mixup(x, lam, partner), lam
+            if mix == "remix":
+                weight = remix_weight(lam, self.counts[y], self.counts[other], stage.remix_kappa, stage.remix_tau)
+            yield Batch(x, y, other, weight)
+
+
+class Objective:
+    """The loss of a stage on a batch: by class weights if the stage has them, mixed as the labels are."""
+
+    def __init__(self, stage: Stage1 | Stage2, class_counts: Sequence[int], device: torch.device):
+        self.stage, self.loss = stage, loss_for(stage, class_counts)
+        beta = getattr(stage, "beta", None)
+        self.class_weights = None if beta is None else effective_number_weights(class_counts, beta).to(device)
+
+    def __call__(self, logits: Tensor, batch: Batch, epoch: int) -> Tensor:
+        weights = None if self.class_weights is None or self.stage.deferred(epoch) else self.class_weights
+        value = self.loss(logits, batch.targets)
+        if batch.partner_targets is None:
+            return mean(value, None if weights is None else weights[batch.targets])
+        value = torch.cat([value, self.loss(logits, batch.partner_targets)])
+        own = torch.as_tensor(batch.weight, dtype=torch.float32, device=value.device).expand(len(batch.targets))
+        share = torch.cat([own, 1 - own])
+        if weights is not None:
+            share = share * weights[torch.cat([batch.targets, batch.partner_targets])]
+        return mean(value, share)
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -126,23 +202,49 @@ def learning_rate_factor(stage: Stage1 | Stage2, epoch: int) -> float:
 def train_stage1(
     config: RunConfig, data: Dataset, options: Options, checkpoint: Path | None = None, evaluate: Callable | None = None
 ) -> Trained:
-    """Train backbone and linear classifier; resumes from ``checkpoint`` if it is there.
+    """Train backbone and classifier; resumes from ``checkpoint`` if it is there.
 
     The final weights are rounded to half precision, as they are stored: the model that is evaluated and built upon is
     the one in the file.
     """
     stage, device = config.stage1, options.torch_device()
-    network = backbone(config.backbone)
-    head = nn.Linear(network.num_features, data.num_classes)
+    if stage.holdout is not None:
+        data, _ = data.hold_out(stage.holdout)
+    network, head = stage1_model(
+        config.backbone, data.num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
+    )
     generator = torch_rng(config.seed, "init")
     init_kaiming(network, generator)
     init_kaiming(head, generator)
     network.to(device, memory_format=torch.channels_last)
     head.to(device)
     groups = [{"params": [*network.parameters(), *head.parameters()], "lr": stage.lr}]
-    trained = _loop(
-        [config], stage, "stage1", network, [head], [groups], data, options, checkpoint, evaluate, train_backbone=True
+    batches, objective = (
+        Batches(data, stage, "stage1", config.seed, device),
+        Objective(stage, data.class_counts, device),
     )
+    precision = autocast(config, device)
+
+    def one_branch(epoch: int) -> Iterator[list[Tensor]]:
+        for batch in batches.epoch(epoch):
+            with precision:
+                features = forward(batch.images)
+            yield [objective(head(features.float()), batch, epoch)]
+
+    def two_branches(epoch: int) -> Iterator[list[Tensor]]:
+        alpha = 1 - (epoch / stage.epochs) ** 2  # parabolic decay (Zhou et al., 2020, equation 3)
+        for pair in zip(batches.epoch(epoch), batches.epoch(epoch, stage.second_sampler), strict=True):
+            with precision:
+                features = [network.branch(batch.images, which) for which, batch in enumerate(pair)]
+            logits = head(mix_branches(*features, alpha).float())
+            conventional, rebalancing = (objective(logits, batch, epoch) for batch in pair)
+            yield [alpha * conventional + (1 - alpha) * rebalancing]  # their equation 2
+
+    forward = torch.compile(network, dynamic=False) if options.compile else network
+    trained = _loop(
+        [config], "stage1", network, [head], [groups], two_branches if stage.second_sampler else one_branch,
+        len(data.train_targets), options, checkpoint, evaluate, train_mode=True,
+    )  # fmt: skip
     for module in (network, head):
         round_to_half(module)
     return trained
@@ -165,58 +267,62 @@ def train_stage2(
     """
     if len({config.shared_pass for config in configs}) != 1:
         raise ValueError("runs trained on one pass must share Stage-1, epochs, batch size, sampler, mixup and BN mode")
-    stage, device = configs[0].stage2, options.torch_device()
+    first, device = configs[0], options.torch_device()
+    if first.stage1.holdout is not None:
+        data, _ = data.hold_out(first.stage1.holdout)
     network, classifier = stage1
     network.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    heads, groups = [], []
+    heads, groups, objectives = [], [], []
     for config in configs:
         s = config.stage2
-        head = GeneralisedClassifier(
-            classifier, a=s.a, learn_scale=s.learn_scale, delta=s.delta, generator=torch_rng(config.seed, "stage2 head")
-        ).to(device)
-        heads.append(head)
+        generator = torch_rng(config.seed, "stage2 head")
+        head = GeneralisedClassifier(classifier, a=s.a, learn_scale=s.learn_scale, delta=s.delta, generator=generator)
+        heads.append(head.to(device))
         groups.append(head.parameter_groups(s.lr, s.delta_lr or 1.0))
+        objectives.append(Objective(s, data.class_counts, device))
+    batches, precision = Batches(data, first.stage2, "stage2", first.seed, device), autocast(first, device)
+    forward = torch.compile(network, dynamic=False) if options.compile else network
+
+    def on_frozen_features(epoch: int) -> Iterator[list[Tensor]]:
+        for batch in batches.epoch(epoch):
+            with torch.no_grad(), precision:
+                features = forward(batch.images)
+            features = features.float()
+            yield [objective(head(features), batch, epoch) for head, objective in zip(heads, objectives, strict=True)]
+
     return _loop(
-        list(configs),
-        stage,
-        "stage2",
-        network,
-        heads,
-        groups,
-        data,
-        options,
-        checkpoint,
-        evaluate,
-        train_backbone=False,
-    )
+        list(configs), "stage2", network, heads, groups, on_frozen_features,
+        len(data.train_targets), options, checkpoint, evaluate, train_mode=first.stage2.shift_bn,
+    )  # fmt: skip
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The context in which a run's backbone computes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def _loop(
     configs: list[RunConfig],
-    stage: Stage1 | Stage2,
     stage_name: str,
     network: nn.Module,
     heads: list[nn.Module],
     groups: list[list[dict]],
-    data: Dataset,
+    steps: Callable[[int], Iterator[list[Tensor]]],
+    images: int,
     options: Options,
     checkpoint: Path | None,
     evaluate: Callable | None,
-    train_backbone: bool,
+    train_mode: bool,
 ) -> Trained:
-    device = options.torch_device()
+    """Optimise heads (and what else is in ``groups``) on the losses that ``steps(epoch)`` yields, one per head."""
     stages = [getattr(config, stage_name) for config in configs]
-    losses = [loss_for(s, data.class_counts) for s in stages]
+    stage, device = stages[0], options.torch_device()
     optimizers = [
         torch.optim.SGD(group, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True)
         for group, s in zip(groups, stages, strict=True)
     ]
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    images = Images(data.train_images, data.spec.mean, data.spec.std, padding=data.spec.padding, device=device)
-    targets, targets_host = data.train_targets.to(device), data.train_targets.numpy()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=configs[0].precision == "bf16")
-    forward = torch.compile(network, dynamic=False) if options.compile else network
-    network.train(train_backbone or stage.shift_bn)
+    network.train(train_mode)
 
     state = _State(network, heads, optimizers, histories=[[] for _ in configs])
     if checkpoint is not None and checkpoint.exists():
@@ -224,8 +330,8 @@ def _loop(
     started = saved = time.monotonic()
     before, first_epoch = state.seconds, state.epoch
     bar = tqdm(
-        total=stage.epochs * len(data.train_targets), initial=state.epoch * len(data.train_targets), unit="img",
-        unit_scale=True, desc=_describe(configs, stage_name), mininterval=1.0, leave=False,
+        total=stage.epochs * images, initial=state.epoch * images, unit="img", unit_scale=True,
+        desc=_describe(configs, stage_name), mininterval=1.0, leave=False,
         **({} if options.progress else {"disable": True}),  # not said otherwise, TQDM_DISABLE has its way
     )  # fmt: skip
     with bar:
@@ -235,38 +341,26 @@ def _loop(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
             totals = torch.zeros(len(heads), device=device)
-            rng = host_rng(configs[0].seed, stage_name, epoch)
-            for batch, lam, partner in draw_batches(
-                rng, targets_host, stage, data.spec.padding, data.spec.flip, device
-            ):
-                x, y = images.batch(*batch), targets[batch[0]]
-                if partner is not None:
-                    x = mixup(x, lam, partner)
-                with torch.set_grad_enabled(train_backbone), autocast:
-                    features = forward(x)
-                features = features.float()
-                step = []
-                for head, loss in zip(heads, losses, strict=True):
-                    logits = head(features)
-                    value = loss(logits, y)
-                    if partner is not None:
-                        value = lam * value + (1 - lam) * loss(logits, y[partner])
-                    step.append(value)
+            left = images
+            for losses in steps(epoch):
                 for optimizer in optimizers:
                     optimizer.zero_grad()
-                torch.stack(step).sum().backward()  # heads share no parameter: each gets its own gradient alone
+                step = torch.stack(losses)
+                step.sum().backward()  # heads share no parameter: each gets its own gradient alone
                 for optimizer in optimizers:
                     optimizer.step()
-                totals += torch.stack(step).detach() * len(y)
-                bar.update(len(y))
+                size = min(stage.batch_size, left)
+                left -= size
+                totals += step.detach() * size
+                bar.update(size)
             rows = [{"epoch": epoch + 1, "lr": s.lr * factor} for s, factor in zip(stages, factors, strict=True)]
-            for row, total in zip(rows, (totals / len(targets)).tolist(), strict=True):
+            for row, total in zip(rows, (totals / images).tolist(), strict=True):
                 row["train_loss"] = round(total, 5)
             last = epoch + 1 == stage.epochs
             if evaluate is not None and not last and (epoch + 1) % options.eval_every == 0:
                 for row, found in zip(rows, evaluate(network, heads), strict=True):
                     row |= found
-                network.train(train_backbone or stage.shift_bn)
+                network.train(train_mode)
             for history, row in zip(state.histories, rows, strict=True):
                 history.append(row)
             bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{rows[0]['train_loss']:.3f}", refresh=False)

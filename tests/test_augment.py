@@ -3,7 +3,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 
-from mislas.augment import Images, mixup
+from mislas.augment import Images, cutmix, mixup, remix_weight
 from mislas.errors import MislasError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -70,3 +70,47 @@ def test_mixup_is_its_formula(lam):
 def test_other_images_are_refused(wrong):
     with pytest.raises(MislasError, match=r"must be uint8 \(N, H, H, 3\)"):
         Images(wrong, MEAN, STD, padding=0)
+
+
+def test_cutmix_pastes_the_partners_box_and_returns_the_share_that_stayed():
+    x = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    mixed, lam = cutmix(x, 0.75, torch.tensor([1, 0]), (0.5, 0.5))  # a box of half the side: rows and columns 2..5
+    box = torch.zeros(8, 8)
+    box[2:6, 2:6] = 1
+    assert torch.equal(mixed[0], box.expand(3, 8, 8))
+    assert torch.equal(mixed[1], 1 - box.expand(3, 8, 8))
+    assert lam == 1 - 16 / 64
+
+
+def test_cutmix_cuts_the_box_at_the_edge_and_counts_what_is_left():
+    x = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    mixed, lam = cutmix(x, 0.75, torch.tensor([1, 0]), (0.0, 1.0))  # a corner: 2 by 2 of the 4 by 4 are inside
+    assert mixed[0, 0].sum() == 4
+    assert mixed[0, 0, :2, 6:].sum() == 4
+    assert lam == 1 - 4 / 64
+
+
+@pytest.mark.parametrize(("lam", "share"), [(1.0, 1.0), (0.0, 0.0)])
+def test_cutmix_at_its_ends_keeps_or_replaces_everything(lam, share):
+    x = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    mixed, kept = cutmix(x, lam, torch.tensor([1, 0]), (0.5, 0.5))
+    assert kept == share
+    assert torch.equal(mixed, x if lam else x.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("lam", "expected"),
+    [
+        (0.4, [0.0, 0.4, 0.4, 0.4]),  # lam < tau: the label of a much larger class's image goes to the partner
+        (0.6, [0.6, 1.0, 0.6, 0.6]),  # 1 - lam < tau: that of a much smaller class's image stays
+        (0.5, [0.5, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_remix_gives_the_label_to_the_minority(lam, expected):
+    own, partner = torch.tensor([90.0, 10.0, 50.0, 29.0]), torch.tensor([30.0, 30.0, 50.0, 10.0])
+    np.testing.assert_allclose(remix_weight(lam, own, partner, 3.0, 0.5), expected)
+
+
+def test_remix_with_infinite_kappa_is_mixup():
+    own, partner = torch.tensor([5000.0, 1.0]), torch.tensor([1.0, 5000.0])
+    np.testing.assert_allclose(remix_weight(0.3, own, partner, float("inf"), 0.5), [0.3, 0.3])

@@ -5,7 +5,17 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 
 from mislas.errors import MislasError
-from mislas.losses import cross_entropy, label_aware_smoothing, smoothing_factors
+from mislas.losses import (
+    LOSSES,
+    cross_entropy,
+    effective_number_weights,
+    focal,
+    label_aware_smoothing,
+    ldam,
+    logit_adjusted,
+    mean,
+    smoothing_factors,
+)
 
 rng = np.random.default_rng(0)
 LOGITS = torch.from_numpy(3 * rng.standard_normal((30, 4)))
@@ -119,37 +129,39 @@ def test_it_is_cross_entropy_against_q_of_equation_1():
     p = np.exp(LOGITS.numpy())
     p /= p.sum(axis=1, keepdims=True)
     by_hand = -(q_of_equation_1() * np.log(p)).sum(axis=1).mean()
-    assert label_aware_smoothing(FACTORS)(LOGITS, TARGETS).item() == pytest.approx(by_hand, abs=1e-7)
+    assert label_aware_smoothing(FACTORS)(LOGITS, TARGETS).mean().item() == pytest.approx(by_hand, abs=1e-7)
 
 
 def test_it_is_torchs_cross_entropy_with_q_as_target():
     expected = F.cross_entropy(LOGITS, torch.from_numpy(q_of_equation_1())).item()
-    assert label_aware_smoothing(FACTORS)(LOGITS, TARGETS).item() == pytest.approx(expected, abs=1e-7)
+    assert label_aware_smoothing(FACTORS)(LOGITS, TARGETS).mean().item() == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("eps", [0.0, 0.1, 0.4])
 def test_over_all_classes_with_equal_factors_it_is_torchs_label_smoothing(eps):
     loss = label_aware_smoothing(torch.full((4,), eps), over="all")
     expected = F.cross_entropy(LOGITS, TARGETS, label_smoothing=eps).item()
-    assert loss(LOGITS, TARGETS).item() == pytest.approx(expected, abs=1e-6)
+    assert loss(LOGITS, TARGETS).mean().item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_over_all_classes_with_unequal_factors_q_keeps_a_share_of_its_own():
     q = F.one_hot(TARGETS, 4) * (1 - FACTORS[TARGETS, None]) + FACTORS[TARGETS, None] / 4
     expected = F.cross_entropy(LOGITS, q.double()).item()
-    assert label_aware_smoothing(FACTORS, over="all")(LOGITS, TARGETS).item() == pytest.approx(expected, abs=1e-7)
+    assert label_aware_smoothing(FACTORS, over="all")(LOGITS, TARGETS).mean().item() == pytest.approx(
+        expected, abs=1e-7
+    )
 
 
 @pytest.mark.parametrize("over", ["others", "all"])
 def test_without_smoothing_it_is_cross_entropy(over):
-    loss = label_aware_smoothing(torch.zeros(4), over=over)(LOGITS, TARGETS).item()
-    assert loss == pytest.approx(F.cross_entropy(LOGITS, TARGETS).item(), abs=1e-12)
+    loss = label_aware_smoothing(torch.zeros(4), over=over)(LOGITS, TARGETS).mean().item()
+    assert loss == pytest.approx(F.cross_entropy(LOGITS, TARGETS).mean().item(), abs=1e-12)
 
 
 def test_cross_entropy_is_minus_log_p_of_the_true_class():
     p = np.exp(LOGITS.numpy())
     own = (p / p.sum(axis=1, keepdims=True))[np.arange(30), TARGETS]
-    assert cross_entropy(LOGITS, TARGETS).item() == pytest.approx(-np.log(own).mean(), abs=1e-12)
+    assert cross_entropy(LOGITS, TARGETS).mean().item() == pytest.approx(-np.log(own).mean(), abs=1e-12)
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.3, 0.5])
@@ -159,7 +171,7 @@ def test_its_minimum_is_equation_2(eps, y):
 
     def value_and_gradient(z):
         z = torch.tensor(z[None], requires_grad=True)
-        value = loss(z, torch.tensor([y]))
+        value = loss(z, torch.tensor([y])).mean()
         value.backward()
         return value.item(), z.grad[0].numpy()
 
@@ -184,3 +196,93 @@ def test_logits_of_another_shape_are_refused():
 def test_an_unknown_spread_lists_the_known_ones():
     with pytest.raises(MislasError, match="unknown smoothing over 'other'; did you mean 'others'"):
         label_aware_smoothing(FACTORS, over="other")
+
+
+# -------------------------------------------------------------------------------------- re-weighting, re-margining
+
+COUNTS = [500, 100, 30, 5]
+P = LOGITS.softmax(1)[torch.arange(30), TARGETS]
+
+
+def test_focal_by_its_formula():
+    expected = -((1 - P) ** 2) * P.log()
+    torch.testing.assert_close(focal(2.0)(LOGITS, TARGETS), expected)
+
+
+def test_focal_with_gamma_0_is_cross_entropy():
+    torch.testing.assert_close(focal(0.0)(LOGITS, TARGETS), cross_entropy(LOGITS, TARGETS))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_has_a_finite_gradient_where_the_network_is_certain(gamma):
+    logits = torch.tensor([[200.0, 0, 0, 0], [0, 200.0, 0, 0]], requires_grad=True)
+    focal(gamma)(logits, torch.tensor([0, 0])).sum().backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_effective_number_weights_by_hand():
+    weights = effective_number_weights(
+        [3, 1], 0.5
+    )  # (1 - b) / (1 - b^n): 0.5 / 0.875 = 4/7 and 1; scaled to a sum of 2
+    np.testing.assert_allclose(weights, [2 * (4 / 7) / (11 / 7), 2 / (11 / 7)], rtol=1e-6)
+
+
+def test_effective_number_with_beta_0_weighs_all_alike():
+    np.testing.assert_allclose(effective_number_weights(COUNTS, 0.0), [1.0] * 4)
+
+
+def test_effective_number_towards_beta_1_is_inverse_frequency():
+    inverse = 1 / np.array(COUNTS)
+    np.testing.assert_allclose(effective_number_weights(COUNTS, 1 - 1e-9), 4 * inverse / inverse.sum(), rtol=1e-5)
+
+
+def test_the_mean_with_class_weights_is_torchs_weighted_cross_entropy():
+    weights = effective_number_weights(COUNTS, 0.99).double()
+    expected = F.cross_entropy(LOGITS, TARGETS, weight=weights)
+    assert mean(cross_entropy(LOGITS, TARGETS), weights[TARGETS]).item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_ldam_without_margins_is_cross_entropy():
+    torch.testing.assert_close(ldam(COUNTS, 0.0, 30.0)(LOGITS, TARGETS), cross_entropy(LOGITS, TARGETS))
+
+
+def test_ldam_subtracts_scaled_margins_that_grow_with_rarity():
+    margins = 0.5 * (5 / np.array(COUNTS)) ** 0.25  # C such that the rarest class has 0.5
+    shifted = LOGITS.numpy() - 2 * np.eye(4)[TARGETS] * margins
+    expected = F.cross_entropy(torch.from_numpy(shifted), TARGETS, reduction="none")
+    torch.testing.assert_close(ldam(COUNTS, 0.5, 2.0)(LOGITS, TARGETS), expected, atol=1e-6, rtol=0)
+
+
+def test_balanced_softmax_by_its_formula():
+    odds = torch.tensor(COUNTS) * LOGITS.exp()
+    expected = -(odds / odds.sum(1, keepdim=True))[torch.arange(30), TARGETS].log()
+    torch.testing.assert_close(logit_adjusted(COUNTS, 1.0)(LOGITS, TARGETS), expected, atol=1e-6, rtol=0)
+
+
+def test_logit_adjustment_0_is_cross_entropy():
+    torch.testing.assert_close(logit_adjusted(COUNTS, 0.0)(LOGITS, TARGETS), cross_entropy(LOGITS, TARGETS))
+
+
+@pytest.mark.parametrize("loss", [focal(0.5), focal(2.0), ldam(COUNTS, 0.5, 30.0), logit_adjusted(COUNTS, 1.0)])
+def test_gradients_are_those_of_finite_differences(loss):
+    assert torch.autograd.gradcheck(lambda z: loss(z, TARGETS), LOGITS.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_gives_one_value_per_image(name):
+    settings = {"eps_1": 0.3, "eps_k": 0.0, "form": "concave", "smoothing_over": "others"} | dict.fromkeys(
+        ("gamma", "max_margin", "scale", "adjustment"), 0.5
+    )
+    loss = LOSSES[name].make(COUNTS, **{key: settings[key] for key in LOSSES[name].settings})
+    assert loss(LOGITS, TARGETS).shape == (30,)
+
+
+def test_a_class_without_images_has_no_weight():
+    for make in (lambda: effective_number_weights([3, 0], 0.9), lambda: ldam([0, 3], 0.5, 30.0)):
+        with pytest.raises(MislasError, match="has no image"):
+            make()
+
+
+def test_beta_outside_its_range_is_refused():
+    with pytest.raises(MislasError, match=r"beta .* must be in \[0, 1\), got 1"):
+        effective_number_weights(COUNTS, 1.0)

@@ -1,5 +1,7 @@
-from dataclasses import asdict, replace
+import re
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ import torch.nn.functional as F
 from mislas.data import SPECS
 from mislas.errors import MislasError
 from mislas.losses import cross_entropy
-from mislas.methods import METHODS, configure, loss_for
+from mislas.methods import METHODS, ONE_STAGE, configure, loss_for
+from mislas.train import learning_rate_factor
 
 TABLE_5 = {  # Stage-1: lr, batch size, weight decay, epochs, schedule; Stage-2: epochs, schedule, eps_1, eps_K, dW
     "cifar10": ((0.1, 128, 2e-4, 200, "multistep"), (10, "cosine", 0.3, 0.0, 0.5)),
@@ -73,7 +76,7 @@ def test_the_rows_of_the_ablation_differ_in_one_thing_each():
 def test_every_method_can_be_configured_on_every_dataset(dataset, method):
     config = configure(dataset, method)
     assert (config.dataset, config.method) == (dataset, method)
-    assert (config.stage2 is None) == (method in ("ce", "mixup"))
+    assert (config.stage2 is None) == (method in ONE_STAGE)
 
 
 def test_methods_have_distinct_identities():
@@ -89,14 +92,53 @@ def test_an_unknown_method_lists_the_known_ones():
 
 
 def test_an_unknown_loss_lists_the_known_ones():
-    stage = replace(configure("digits", "ce").stage1, loss="focal")
-    with pytest.raises(MislasError, match=r"unknown loss 'focal'\. Known: ce, las"):
-        loss_for(stage, (5, 3))
+    with pytest.raises(MislasError, match=r"unknown stage1.loss 'focl'; did you mean 'focal'\? Known: .*ce, las"):
+        configure("digits", "ce", overrides={"stage1.loss": "focl"})
 
 
 def test_losses_are_made_for_the_class_counts():
     logits, targets = torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 1, 0])
     q = torch.tensor([[0.7, 0.3], [0.0, 1.0]])[targets]  # eps_1 = 0.3 for the larger class, eps_K = 0 for the other
     loss = loss_for(configure("digits", "mislas").stage2, (50, 5))
-    assert loss(logits, targets).item() == pytest.approx(F.cross_entropy(logits, q).item(), abs=1e-6)
+    assert loss(logits, targets).mean().item() == pytest.approx(F.cross_entropy(logits, q).item(), abs=1e-6)
     assert loss_for(configure("digits", "crt").stage2, (50, 5)) is cross_entropy
+
+
+def test_every_method_says_what_it_does_where_it_is_from_and_what_it_computes():
+    for method in METHODS.values():
+        assert method.title
+        assert method.idea.endswith(".")
+        assert method.equation
+        assert re.search(r"(19|20)\d\d$|the paper\)$|the plain model", method.source)
+
+
+def test_rows_are_named_by_the_papers_tables():
+    """Table 3's rows, and those of Tables 4 and 6 to 8 but for the metric and memory methods."""
+
+    def rows(table):
+        return {name for name, method in METHODS.items() if table in method.tables}
+
+    assert rows(3) == {"ce", "mixup", "ldam+drw", "bbn", "remix+drw", "crt+mixup", "lws+mixup", "mislas"}
+    assert rows(4) == {"ce", "ce+drw", "focal+drw", "ldam+drw", "cb-focal", "bbn", "remix+drw"} | {
+        "crt+mixup", "lws+mixup", "mislas",
+    }  # fmt: skip
+    assert rows(6) == {"crt", "lws", "crt+mixup", "lws+mixup", "mislas"}
+    assert rows(7) == rows(6) | {"tau-norm"}
+    assert rows(8) == rows(7) | {"focal"}
+    assert rows(2) == {"lws", "lws+mixup", "lws+mixup+shift", "mislas"}
+
+
+def test_remix_with_drw_runs_for_300_epochs_and_bbn_on_its_own_schedule():
+    assert configure("cifar10", "remix+drw").stage1.epochs == 300
+    bbn = configure("cifar10", "bbn").stage1
+    factors = [learning_rate_factor(bbn, epoch) for epoch in (5, 119, 120, 159, 160)]
+    np.testing.assert_allclose(factors, [1, 1, 0.01, 0.01, 0.0001])
+
+
+def test_decoupled_methods_come_with_and_without_mixup_and_shift():
+    for name in ("crt", "lws", "tau-norm", "ncm"):
+        ends = ("", "+mixup", "+shift", "+mixup+shift")
+        plain, mixed, shifted, both = (configure("cifar10", name + end) for end in ends)
+        assert [c.stage1.mixup for c in (plain, mixed, shifted, both)] == [None, 1.0, None, 1.0]
+        switch = "shift_epochs" if name in ("tau-norm", "ncm") else "shift_bn"
+        assert [bool(getattr(c.stage2, switch)) for c in (plain, mixed, shifted, both)] == [False, False, True, True]

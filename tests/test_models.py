@@ -15,11 +15,15 @@ from mislas.methods import configure
 from mislas.models import (
     BasicBlock,
     CifarResNet,
+    CosineClassifier,
     GeneralisedClassifier,
+    TwoBranches,
     backbone,
     freeze_but_last_block,
     init_kaiming,
     load_backbone_weights,
+    mix_branches,
+    stage1_model,
 )
 from mislas.runs import Store, batch_norm_statistics, run
 from mislas.train import round_to_half
@@ -395,3 +399,40 @@ def test_stage1s_weights_never_change(stage1, kind):
 def test_a_combination_without_sense_is_refused(stage1, wrong):
     with pytest.raises(MislasError, match="a must be 0 or 1 and delta 'zeros', 'fresh', 'stage1' or None"):
         GeneralisedClassifier(stage1, **wrong)
+
+
+# ------------------------------------------------------------------------------------ other models that Stage-1 trains
+
+
+def test_a_cosine_classifiers_logits_are_scaled_cosines():
+    head = CosineClassifier(5, 3, scale=30.0)
+    init_kaiming(head, torch.Generator().manual_seed(0))
+    x = torch.randn(7, 5)
+    expected = 30 * F.cosine_similarity(x[:, None], head.weight[None], dim=2)
+    torch.testing.assert_close(head(x), expected)
+
+
+def test_at_alpha_1_only_the_conventional_branch_is_seen_and_at_0_only_the_other():
+    one, two = torch.randn(4, 3), torch.randn(4, 3)
+    assert torch.equal(mix_branches(one, two, 1.0), torch.cat([one, torch.zeros(4, 3)], dim=1))
+    assert torch.equal(mix_branches(one, two, 0.0), torch.cat([torch.zeros(4, 3), two], dim=1))
+
+
+def test_two_branches_share_all_but_the_last_block():
+    network = TwoBranches(backbone("resnet8")).eval()
+    plain = backbone("resnet8").eval()
+    plain.conv, plain.bn, plain.blocks = network.stem[0], network.stem[1], nn.Sequential(*network.stem[3:])
+    x = torch.randn(2, 3, 16, 16)
+    for which in (0, 1):
+        plain.blocks.append(network.branches[which])
+        torch.testing.assert_close(network.branch(x, which), plain(x))
+        del plain.blocks[-1]
+    torch.testing.assert_close(network(x), mix_branches(network.branch(x, 0), network.branch(x, 1), 0.5))
+    assert network(x).shape == (2, network.num_features)
+
+
+def test_stage1_has_the_classifier_and_the_branches_that_are_asked_for():
+    network, head = stage1_model("resnet8", 10)
+    assert (type(network), type(head), head.in_features) == (CifarResNet, nn.Linear, 64)
+    network, head = stage1_model("resnet8", 10, scale=30.0, two_branches=True)
+    assert (type(network), type(head), head.weight.shape) == (TwoBranches, CosineClassifier, (10, 128))

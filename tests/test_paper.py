@@ -21,8 +21,9 @@ def test_every_row_has_a_title_and_a_number_per_imbalance_factor():
         assert all(len(numbers) == len(paper.IMBALANCES) for numbers in rows.values())
 
 
-def test_titles_agree_with_the_registry():
-    assert all(METHODS[name].title == title for name, title in paper.TITLES.items() if name in METHODS)
+@pytest.mark.parametrize("titles", [paper.TITLES, paper.TITLES_LARGE])
+def test_titles_agree_with_the_registry_but_for_remarks(titles):
+    assert all(METHODS[name].title == title.partition(" (")[0] for name, title in titles.items() if name in METHODS)
 
 
 def test_mislas_is_the_best_of_every_column_as_the_paper_says():
@@ -57,11 +58,11 @@ def test_table_1_is_the_papers():
         (paper.TABLE6["resnet50"], "lws", (61.8, 48.6, 33.5, 51.2)),
         (paper.TABLE6["resnet101"], "mislas", (64.3, 52.1, 35.8, 54.1)),
         (paper.TABLE6["resnet152"], "crt+mixup", (66.5, 51.6, 32.8, 54.2)),
-        (paper.TABLE7, "tau-normalized", (71.1, 68.9, 69.3, 69.3)),
+        (paper.TABLE7, "tau-norm", (71.1, 68.9, 69.3, 69.3)),
         (paper.TABLE7, "crt+mixup", (74.2, 71.1, 68.2, 70.2)),
         (paper.TABLE7, "mislas", (73.2, 72.4, 70.4, 71.6)),
         (paper.TABLE8, "fslwf", (43.9, 29.9, 29.5, 34.9)),
-        (paper.TABLE8, "tau-normalized", (37.8, 40.7, 31.8, 37.9)),
+        (paper.TABLE8, "tau-norm", (37.8, 40.7, 31.8, 37.9)),
         (paper.TABLE8, "mislas", (39.6, 43.3, 36.1, 40.4)),
     ],
 )
@@ -121,10 +122,22 @@ def test_mislas_is_the_best_of_every_large_benchmark():
     assert all(max(rows, key=rows.get) == "mislas" for rows in everywhere)
 
 
-def test_every_large_row_has_a_title_that_the_registry_shares():
+def test_every_large_row_has_a_title():
     rows = [*paper.TABLE4.values(), *paper.TABLE6.values(), paper.TABLE7, paper.TABLE8]
     assert set().union(*rows) == set(paper.TITLES_LARGE)
-    assert all(METHODS[n].title == title for n, title in paper.TITLES_LARGE.items() if n in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("table", "rows"),
+    [
+        (4, set().union(*paper.TABLE4.values())),
+        (6, set(paper.TABLE6["resnet50"])),
+        (7, set(paper.TABLE7)),
+        (8, set(paper.TABLE8)),
+    ],
+)
+def test_the_registry_names_the_tables_that_have_a_row(table, rows):
+    assert {name for name, method in METHODS.items() if table in method.tables} == rows & METHODS.keys()
 
 
 def test_the_authors_numbers_are_those_of_their_code():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from mislas.samplers import SAMPLERS, class_balanced, class_cyclic, instance_balanced
+from mislas.samplers import SAMPLERS, class_balanced, class_cyclic, instance_balanced, reverse
 
 COUNTS = (30, 10, 4, 1)
 TARGETS = np.random.default_rng(5).permutation(np.repeat(np.arange(4), COUNTS))
@@ -35,6 +35,13 @@ def test_class_balanced_draws_are_independent_of_the_one_before():
     classes = TARGETS[draws()]
     pairs = np.bincount(4 * classes[:-1:2] + classes[1::2], minlength=16)
     assert chisquare(pairs).pvalue > 0.01
+
+
+def test_reverse_draws_a_class_with_odds_of_its_inverse_size():
+    rng = np.random.default_rng(0)
+    seen = np.bincount(TARGETS[np.concatenate([reverse(rng, TARGETS) for _ in range(1000)])])
+    odds = 1 / np.array(COUNTS)
+    assert chisquare(seen, seen.sum() * odds / odds.sum()).pvalue > 0.01
 
 
 def test_class_cyclic_shows_four_of_every_class_in_a_cycle():

@@ -12,9 +12,12 @@ from mislas.augment import Images
 from mislas.data import load
 from mislas.errors import MislasError, RecordError
 from mislas.evaluate import predict
-from mislas.methods import configure
-from mislas.models import backbone, init_kaiming
+from mislas.losses import effective_number_weights
+from mislas.methods import ONE_STAGE, configure
+from mislas.models import backbone, init_kaiming, stage1_model
 from mislas.train import (
+    Batch,
+    Objective,
     Options,
     OutOfTime,
     draw_batches,
@@ -228,6 +231,57 @@ def test_a_look_at_the_test_set_along_the_way_changes_nothing(digits, options, t
     with_looks, without = (train(stage, digits, options, trained, evaluate=look) for look in (evaluate, None))
     for one, two in zip((with_looks.backbone, *with_looks.heads), (without.backbone, *without.heads), strict=True):
         assert_equal(one.state_dict(), two.state_dict())
+
+
+def test_class_weights_and_samplers_are_deferred():
+    weighted, resampled = (configure("cifar10", method).stage1 for method in ("ldam+drw", "ldam+drs"))
+    assert [weighted.deferred(epoch) for epoch in (0, 159, 160, 199)] == [True, True, False, False]
+    assert [resampled.sampler_in(epoch) for epoch in (159, 160)] == ["instance_balanced", "class_balanced"]
+    assert {weighted.sampler_in(epoch) for epoch in range(200)} == {"instance_balanced"}
+
+
+def test_the_objective_is_weighted_cross_entropy_once_weights_are_due():
+    counts, stage = (50, 15, 5), configure("digits", "ce+drw", overrides={"epochs": 10}).stage1
+    logits, targets = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 0, 1])
+    batch, objective = Batch(torch.empty(0), targets), Objective(stage, counts, torch.device("cpu"))
+    assert objective(logits, batch, 7).item() == pytest.approx(F.cross_entropy(logits, targets).item(), abs=1e-6)
+    expected = F.cross_entropy(logits, targets, weight=effective_number_weights(counts, 0.9999))
+    assert objective(logits, batch, 8).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_the_objective_mixes_losses_image_by_image():
+    stage = configure("digits", "remix").stage1
+    logits, targets, others = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
+    weight = torch.tensor([0.0, 1.0, 0.3, 0.6])
+    q = weight[:, None] * F.one_hot(targets, 3) + (1 - weight[:, None]) * F.one_hot(others, 3)
+    objective = Objective(stage, (50, 15, 5), torch.device("cpu"))
+    value = objective(logits, Batch(torch.empty(0), targets, others, weight), 0)
+    assert value.item() == pytest.approx(F.cross_entropy(logits, q).item(), abs=1e-6)
+
+
+def test_the_first_epoch_of_two_branches_trains_on_the_conventional_one_alone(digits, options):
+    """alpha is 1 in epoch 0: the re-balancing branch and its half of the classifier get no gradient."""
+    config = digits_config("bbn", epochs=1, weight_decay=0.0)
+    trained = train_stage1(config, digits, options)
+    network, head = stage1_model("resnet8", 10, two_branches=True)
+    generator = torch_rng(config.seed, "init")
+    init_kaiming(network, generator)
+    init_kaiming(head, generator)
+    other = trained.backbone.branches[1]
+    round_to_half(network), round_to_half(head)
+    assert torch.equal(other.conv2.weight, network.branches[1].conv2.weight)
+    assert torch.equal(trained.heads[0].weight[:, 64:], head.weight[:, 64:])
+    assert not torch.equal(trained.heads[0].weight[:, :64], head.weight[:, :64])
+
+
+@pytest.mark.parametrize("method", ONE_STAGE)
+def test_every_one_stage_method_learns_digits(method, options):
+    """Chance is 0.1; a fifth of the schedule is enough to be far from it."""
+    data = load("digits", imbalance=10)
+    config = configure("digits", method, 10, overrides={"epochs": 6})
+    trained = train_stage1(config, data, options)
+    assert accuracy(trained, data) > 0.5
+    assert np.isfinite([row["train_loss"] for row in trained.histories[0]]).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- stage 2

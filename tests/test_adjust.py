@@ -1,0 +1,163 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import balanced_accuracy_score, log_loss
+from sklearn.neighbors import NearestCentroid
+from torch import nn
+
+from mislas.adjust import (
+    adjust,
+    best_tau,
+    best_temperature,
+    class_balanced_mean,
+    logit_adjusted,
+    nearest_class_mean,
+    tau_normalised,
+    temperature_scaled,
+)
+from mislas.augment import Images
+from mislas.evaluate import predict
+from mislas.methods import configure
+from mislas.train import train_stage1
+
+rng = np.random.default_rng(0)
+TARGETS = np.repeat(np.arange(3), (40, 12, 4))
+FEATURES = torch.from_numpy(rng.standard_normal((56, 5)) + 2 * np.eye(5)[TARGETS]).float()
+LABELS = torch.from_numpy(TARGETS)
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    return nn.Linear(5, 3)
+
+
+def numpy(layer):
+    return layer.weight.detach().numpy(), layer.bias.detach().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ rules
+
+
+@pytest.mark.parametrize("rule", [tau_normalised, lambda c, v: logit_adjusted(c, [40, 12, 4], v)])
+def test_tau_0_is_the_raw_classifier(classifier, rule):
+    for one, two in zip(numpy(rule(classifier, 0.0)), numpy(classifier), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_tau_1_makes_all_weights_equally_long(classifier):
+    weight, bias = numpy(tau_normalised(classifier, 1.0))
+    norms = np.linalg.norm(classifier.weight.detach().numpy(), axis=1)
+    np.testing.assert_allclose(np.linalg.norm(weight, axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(bias, classifier.bias.detach().numpy() / norms, rtol=1e-6)
+
+
+def test_logit_adjustment_by_hand(classifier):
+    _, bias = numpy(logit_adjusted(classifier, [40, 12, 4], 2.0))
+    frequencies = np.array([40, 12, 4]) / 56
+    np.testing.assert_allclose(bias, classifier.bias.detach().numpy() - 2 * np.log(frequencies), rtol=1e-6)
+
+
+def test_temperature_1_changes_nothing_and_2_halves_the_logits(classifier):
+    for temperature in (1.0, 2.0):
+        logits = temperature_scaled(classifier, temperature)(FEATURES)
+        torch.testing.assert_close(logits, classifier(FEATURES) / temperature)
+
+
+def test_nearest_class_mean_is_scikit_learns():
+    head = nearest_class_mean(FEATURES, LABELS, 3)
+    points = torch.from_numpy(rng.standard_normal((200, 5))).float() + 0.5
+    expected = NearestCentroid().fit(FEATURES, TARGETS).predict(points)
+    np.testing.assert_array_equal(head(points).argmax(1), expected)
+
+
+def test_nearest_class_means_probabilities_are_those_of_unit_gaussians():
+    means = np.stack([FEATURES.numpy()[k == TARGETS].mean(axis=0) for k in range(3)])
+    density = np.exp(-((FEATURES.numpy()[:, None] - means) ** 2).sum(axis=2) / 2)
+    p = nearest_class_mean(FEATURES, LABELS, 3)(FEATURES).softmax(1)
+    np.testing.assert_allclose(p.detach(), density / density.sum(axis=1, keepdims=True), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- choosing
+
+
+def test_the_class_balanced_mean_by_hand():
+    values, targets = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.5]), torch.tensor([0, 0, 0, 0, 1])
+    assert class_balanced_mean(values, targets).item() == pytest.approx((0.75 + 0.5) / 2)
+
+
+def test_the_best_temperature_is_scipys_and_scikit_learns():
+    logits = 4 * FEATURES[:, :3]
+    weights = 1 / np.bincount(TARGETS)[TARGETS]
+
+    def loss(log_t):
+        p = (logits.double() / np.exp(log_t)).softmax(1).numpy()
+        return log_loss(TARGETS, p, sample_weight=weights)
+
+    expected = np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9}).x)
+    assert best_temperature(logits, LABELS) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_temperature_of_calibrated_logits_is_1():
+    p = torch.tensor([[0.7, 0.3]]).repeat(100, 1)
+    targets = torch.tensor([0] * 70 + [1] * 30)
+    mirrored = torch.cat([p, p.flip(1)]), torch.cat([targets, 1 - targets])  # both classes with 100 images
+    assert best_temperature(mirrored[0].log(), mirrored[1]) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_best_tau_is_the_first_with_the_best_balanced_accuracy(classifier):
+    head = nearest_class_mean(FEATURES, LABELS, 3)
+    head.weight.data[0] *= 3  # the head class shouts
+
+    def score(tau):
+        return balanced_accuracy_score(TARGETS, tau_normalised(head, tau)(FEATURES).argmax(1))
+
+    taus = np.arange(21) / 10
+    scores = [score(tau) for tau in taus]
+    with torch.no_grad():
+        assert best_tau(lambda tau: tau_normalised(head, tau), FEATURES, LABELS) == taus[int(np.argmax(scores))]
+    assert max(scores) > score(0.0)
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def held(digits):
+    """A Stage-1 that held images out, and the test accuracy of a classifier on it."""
+    from mislas.train import Options
+
+    config = configure("digits", "temperature", 50, overrides={"epochs": 6})
+    trained = train_stage1(config.stage1_only, digits, Options(device="cpu", progress=False))
+    return trained.backbone, trained.heads[0]
+
+
+def test_rules_share_a_pass_and_leave_stage1_alone(digits, held, options):
+    before = copy.deepcopy(held[0].state_dict())
+    configs = [
+        configure("digits", method, 50, overrides={"epochs": 6, "holdout": 0.1})
+        for method in ("temperature", "tau-norm", "ncm", "logit-adjustment")
+    ]
+    assert len({config.shared_pass for config in configs}) == 1
+    trained = adjust(configs, copy.deepcopy(held), digits, options)
+    for name, value in trained.backbone.state_dict().items():
+        assert torch.equal(value, before[name])
+    chosen = [history[0].get("value") for history in trained.histories]
+    assert chosen[0] > 0
+    assert 0 <= chosen[1] <= 2
+    assert chosen[2:] == [None, 1.0]
+    test = Images(digits.test_images, digits.spec.mean, digits.spec.std, padding=0)
+    raw, scaled, *_ = predict(trained.backbone, [held[1], *trained.heads], test)
+    torch.testing.assert_close(scaled, raw / chosen[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_rule_with_shift_moves_running_statistics_and_nothing_else(digits, held, options):
+    config = configure("digits", "ncm+shift", 50, overrides={"epochs": 6, "holdout": 0.1, "shift_epochs": 1})
+    network = copy.deepcopy(held[0])
+    trained = adjust([config], (network, held[1]), digits, options)
+    for name, value in trained.backbone.state_dict().items():
+        moved = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(value, held[0].state_dict()[name]) == (not moved), name

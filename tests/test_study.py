@@ -86,7 +86,7 @@ def test_table_3_of_an_empty_store_shows_the_paper_and_how_to_fill_it(tmp_path):
         "76.3",
         "82.1",
     ]
-    assert set(table.frame["IF 100", "measured"]) == {"not measured [a]", "no code yet"}
+    assert set(table.frame["IF 100", "measured"]) == {"not measured [a]"}
     assert table.notes[0].startswith("[a] `mislas train --dataset cifar10 --imbalance 100 --method ce mixup")
     html = table._repr_html_()
     assert html == table._repr_html_()
@@ -104,7 +104,7 @@ def test_the_commands_of_the_notes_are_commands(tmp_path):
 def test_tiny_shows_no_paper_number(monkeypatch):
     study = Study("tiny", overrides={"epochs": 1, "stage2.epochs": 1})
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    table = compare(study, "cifar10", ["ce", "bbn", "lws"], [10], lambda method, imbalance: 99.9)
+    table = compare(study, "cifar10", ["ce", "oltr", "lws"], [10], lambda method, imbalance: 99.9)
     assert list(table.frame.index) == ["CE", "LWS"]
     assert {name for _, name in table.frame.columns} == {"tiny", "ECE"}
     assert "99.9" not in str(table)

@@ -201,15 +201,16 @@ class ImageBatches:
         index = SAMPLERS[sampler](rng, self.images.targets.numpy())
         n, strength = len(index), self.spec.jitter
         seeds = rng.integers(2**62, size=n)
-        mirrored = torch.from_numpy(rng.integers(2, size=n).astype(bool))
-        factors = torch.from_numpy(rng.uniform(max(0, 1 - strength), 1 + strength, size=(n, 3)).astype(np.float32))
-        order = torch.from_numpy(rng.permuted(np.tile(np.arange(3), (n, 1)), axis=1))
+        mirrored = rng.integers(2, size=n).astype(bool)
+        factors = rng.uniform(max(0, 1 - strength), 1 + strength, size=(n, 3)).astype(np.float32)
+        order = rng.permuted(np.tile(np.arange(3), (n, 1)), axis=1)
+        drawn = [torch.from_numpy(part).to(self.device) for part in (index, mirrored, factors, order)]
         for crops, part in self._decoded(index, seeds):
-            flip = mirrored[part].to(self.device).view(-1, 1, 1, 1)
-            images = torch.where(flip, crops.flip(3), crops).float().div_(255)
+            shown, flip, factor, turn = (whole[part] for whole in drawn)
+            images = torch.where(flip.view(-1, 1, 1, 1), crops.flip(3), crops).float().div_(255)
             if strength:
-                jitter_(images, factors[part].to(self.device), order[part].to(self.device))
-            yield self._normalised(images), self.targets[torch.from_numpy(index[part]).to(self.device)]
+                jitter_(images, factor, turn)
+            yield self._normalised(images), self.targets[shown]
 
     def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the test crop: the same kind of batches as :meth:`epoch`."""

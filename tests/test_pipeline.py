@@ -159,8 +159,12 @@ def assert_equal(one, two):
         assert torch.equal(y, other_y)
 
 
-def test_the_ranks_batches_together_are_the_single_process_batches(data, alone):
-    ranks = [collect(ImageBatches(data.train, SPEC, 50, workers=0, rank=rank, world=3)) for rank in range(3)]
+@pytest.mark.parametrize("batch_size", [50, 51])  # 51 leaves one image for three ranks
+def test_the_ranks_batches_together_are_the_single_process_batches(data, batch_size):
+    alone, *ranks = (
+        collect(ImageBatches(data.train, SPEC, batch_size, workers=0, rank=rank, world=world))
+        for rank, world in ((0, 1), (0, 3), (1, 3), (2, 3))
+    )
     together = [tuple(map(torch.cat, zip(*step, strict=True))) for step in zip(*ranks, strict=True)]
     assert_equal(together, alone)
 

@@ -23,7 +23,7 @@ $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	@touch $@
 
 book: $(VENV)/installed-book
-	$(BIN)/jupyter-book build --warningiserror --nitpick --keep-going .
+	TQDM_DISABLE=1 $(BIN)/jupyter-book build --warningiserror --nitpick --keep-going .
 	@echo "open _build/html/index.html"
 
 test: $(VENV)/installed-test

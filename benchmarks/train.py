@@ -1,21 +1,31 @@
-"""How fast Stage-1 trains here, as ratios in one run: ours against the usual loop, and against bare computation.
+"""How fast training is here, as ratios in one run.
+
+Stage-1:
 
 - usual: PIL images, torchvision transforms, DataLoader workers, eager, float32, batches of 128.
 - ours: what ``mislas train`` runs.
 - bare: ours without data: the same forward, backward and step, over and over on one resident batch.
 
-The three take turns, so that a machine whose speed drifts treats them alike. Images are random: only time is measured.
+Stage-2:
 
-    python benchmarks/train.py [--images 2560] [--repeats 5] [--compile] [--device cpu]
+- one head: MiSLAS alone.
+- grid: the 21 cells of Figures 5 and 10 on one pass through the backbone.
+
+All take turns, so that a machine whose speed drifts treats them alike. Images are random: only time is measured.
+
+    python benchmarks/train.py [--images 2560] [--repeats 5] [--compile] [--device cpu] [--save FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -23,12 +33,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from mislas import Dataset, Options, configure
+from mislas import Dataset, Options, RunConfig, configure
+from mislas.campaign import GRID
 from mislas.data import CIFAR_MEAN, CIFAR_STD
 from mislas.losses import cross_entropy
 from mislas.models import backbone
 from mislas.runs import device_name
-from mislas.train import train_stage1
+from mislas.train import train_stage1, train_stage2
 
 BATCH = 128
 
@@ -90,22 +101,31 @@ def usual(data: Dataset, device: torch.device) -> Callable[[], float]:
     return epoch
 
 
-def ours(data: Dataset, options: Options) -> Callable[[], float]:
-    """One epoch of the real training loop; the first, which warms up and compiles, is not timed."""
-    device = options.torch_device()
+def second_epoch(train: Callable[[Callable], object], device: torch.device) -> Callable[[], float]:
+    """Seconds of the second of three epochs of the real loop; the first, which warms up and compiles, is not timed."""
 
     def epoch() -> float:
         marks = []
 
-        def mark(*_) -> list[dict]:
+        def mark(network: nn.Module, heads: list[nn.Module]) -> list[dict]:
             synchronize(device)
             marks.append(time.perf_counter())
-            return [{}]
+            return [{} for _ in heads]
 
-        train_stage1(configure("cifar10", "ce", 1, overrides={"epochs": 3}), data, options, evaluate=mark)
+        train(mark)
         return marks[1] - marks[0]
 
     return epoch
+
+
+def ours(data: Dataset, options: Options) -> Callable[[], float]:
+    config = configure("cifar10", "ce", 1, overrides={"epochs": 3})
+    return second_epoch(lambda mark: train_stage1(config, data, options, evaluate=mark), options.torch_device())
+
+
+def stage2(configs: list[RunConfig], data: Dataset, options: Options) -> Callable[[], float]:
+    model = backbone("resnet32"), nn.Linear(64, 10)
+    return second_epoch(lambda mark: train_stage2(configs, model, data, options, evaluate=mark), options.torch_device())
 
 
 def bare(data: Dataset, options: Options) -> Callable[[], float]:
@@ -132,29 +152,64 @@ def bare(data: Dataset, options: Options) -> Callable[[], float]:
     return epoch
 
 
+RATIOS = [  # name, the time above, the time below
+    ("ours against the usual loop", "usual", "ours"),
+    ("ours against bare computation", "bare", "ours"),
+    ("the grid of 21 against one run, cost", "grid", "one head"),
+]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2560, help="images in an epoch, a multiple of 128")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write what was measured as JSON")
     arguments = parser.parse_args()
     options = Options(arguments.device, arguments.compile, eval_every=1, progress=False)
     device, data = options.torch_device(), random_data(arguments.images // BATCH * BATCH)
-    loops = {"usual": usual(data, device), "ours": ours(data, options), "bare": bare(data, options)}
+    three = {"stage2.epochs": 3}
+    grid = [configure("cifar10", "mislas", 1, overrides=three | cell) for cell in GRID]
+    loops = {
+        "usual": usual(data, device),
+        "ours": ours(data, options),
+        "bare": bare(data, options),
+        "one head": stage2(grid[-1:], data, options),
+        "grid": stage2(grid, data, options),
+    }
     loops["usual"](), loops["bare"]()
     seconds = {name: [] for name in loops}
     for _ in range(arguments.repeats):
         for name, epoch in loops.items():
             seconds[name].append(epoch())
-    threads = torch.get_num_threads()
-    print(f"{device_name(device)}, torch {torch.__version__}, {threads} threads, compile={options.compile}")
-    for name, values in seconds.items():
-        rates = [len(data.train_targets) / value for value in values]
-        print(f"{name:6} {statistics.median(rates):8.0f} images/s   ({min(rates):.0f} .. {max(rates):.0f})")
-    for top, bottom in (("usual", "ours"), ("bare", "ours")):
-        ratios = [a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)]
-        print(f"ours / {top}: {statistics.median(ratios):.2f}   ({min(ratios):.2f} .. {max(ratios):.2f})")
+    found = {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "compile": options.compile,
+        "date": datetime.date.today().isoformat(),
+        "images": len(data.train_targets),
+        "repeats": arguments.repeats,
+        "images_per_second": {name: spread([len(data.train_targets) / s for s in seconds[name]]) for name in loops},
+        "ratios": {
+            name: spread([a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)])
+            for name, top, bottom in RATIOS
+        },
+    }
+    print("{device}, torch {torch}, {threads} threads, compile={compile}".format(**found))
+    for name, (middle, low, high) in found["images_per_second"].items():
+        print(f"{name:9} {middle:8.0f} images/s   ({low:.0f} .. {high:.0f})")
+    for name, (middle, low, high) in found["ratios"].items():
+        print(f"{name}: {middle:.2f}   ({low:.2f} .. {high:.2f})")
+    if arguments.save:
+        arguments.save.parent.mkdir(parents=True, exist_ok=True)
+        arguments.save.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, least and greatest."""
+    return statistics.median(values), min(values), max(values)
 
 
 if __name__ == "__main__":

@@ -107,8 +107,9 @@ def remix_weight(lam: float, counts: Tensor, partner_counts: Tensor, kappa: floa
     Returns:
         float32 ``(B,)``.
     """
-    weight = torch.full(counts.shape, lam, dtype=torch.float32, device=counts.device)
-    ratio = counts / partner_counts
-    weight[(ratio >= kappa) & (lam < tau)] = 0
-    weight[(ratio <= 1 / kappa) & (1 - lam < tau)] = 1
+    weight, ratio = torch.full(counts.shape, lam, device=counts.device), counts / partner_counts
+    if lam < tau:
+        weight = torch.where(ratio >= kappa, 0.0, weight)
+    if 1 - lam < tau:
+        weight = torch.where(ratio <= 1 / kappa, 1.0, weight)
     return weight

@@ -21,14 +21,20 @@ from .config import Adjustment, RunConfig
 from .data import SPECS, long_tailed_counts, write_atomically
 from .errors import MislasError, RecordError
 from .methods import configure
-from .runs import Record, Store, device_name, plan, read_record, run
+from .runs import Record, Store, plan, read_record, run
+from .study import FORMS, GRID, SHIFT
 from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
 
-#: Variants of MiSLAS that cost a few minutes each once Stage-1 is there (Figures 5, 10 and 11, the authors' code).
-GRID = [{"eps_1": a / 10, "eps_k": b / 10} for a in range(6) for b in range(a + 1)]
-FORMS = [{"form": "linear"}, {"form": "convex"}] + [{"form": "power", "power": p} for p in (1 / 3, 0.5, 2.0, 3.0)]
+#: Table 3's methods that share no Stage-1, and rules that cost nothing once Stage-1 is there.
+OTHERS = ("ldam+drw", "bbn", "remix+drw")
+RULES = ("ncm", "ncm+mixup", "logit-adjustment")
+
+#: Table 1's last rows: mixup in Stage-2, too.
+STAGE2_MIXUP = {"stage2.mixup": 1.0}
+
+#: Variants of MiSLAS that cost a few minutes each once Stage-1 is there: what the authors' code does in another way.
 AUTHORS = [
     {"smoothing_over": "all"},
     {"a": 0, "delta": "stage1"},
@@ -40,15 +46,21 @@ AUTHORS = [
 def wanted(dataset: str, imbalances: Sequence[float] = (100, 50, 10), seeds: Sequence[int] = (0,)) -> list[RunConfig]:
     """What the book would like to show of a dataset, most wanted first.
 
-    Table 3's rows at each imbalance factor; the balanced model; the grid and the forms of label-aware smoothing and the
-    authors' variants at the first imbalance factor; then the same for the next seed.
+    Table 3's rows at each imbalance factor; the balanced model; the grid and the forms of label-aware smoothing, the
+    authors' variants and the controls of Table 1 and Figure 6 at the first imbalance factor; Table 3's other methods;
+    then the same for the next seed. Rules that are tuned on held-out images need a Stage-1 of their own and are left
+    to ``mislas train``.
     """
     configs = []
     for seed in seeds:
+        first = imbalances[0]
         configs += [configure(dataset, method, imbalance, seed) for imbalance in imbalances for method in TABLE_3]
         configs.append(configure(dataset, "ce", 1, seed))
-        variants = GRID + FORMS + AUTHORS
-        configs += [configure(dataset, "mislas", imbalances[0], seed, changes) for changes in variants]
+        configs += [configure(dataset, "mislas", first, seed, changes) for changes in GRID + FORMS + AUTHORS]
+        configs.append(configure(dataset, "lws", first, seed, SHIFT))
+        configs += [configure(dataset, method, first, seed, STAGE2_MIXUP) for method in ("crt+mixup", "lws+mixup")]
+        configs += [configure(dataset, method, first, seed) for method in RULES]
+        configs += [configure(dataset, method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
     return list({config.id: config for config in configs}.values())
 
 
@@ -60,6 +72,9 @@ def parse_budget(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+Rates = dict[tuple, float]
+
+
 @dataclass(frozen=True)
 class Job:
     """Runs that train together, and what that costs.
@@ -67,35 +82,28 @@ class Job:
     Attributes:
         group: the runs.
         passes: training images through the network, forward and (in Stage-1) backward.
-        seconds: estimated from the store's runs of the same stage, network and device; None if it has none.
     """
 
     group: list[RunConfig]
     passes: int
-    seconds: float | None
+
+    def seconds_at(self, rates: Rates) -> float | None:
+        """What it takes at a device's rates (see :func:`images_per_second`); None if they have none of the kind."""
+        rate = rates.get(_kind(self.group[0]))
+        return None if rate is None else self.passes / rate
 
     def __str__(self) -> str:
         first = self.group[0]
         stage = "stage2" if first.stage2 else "stage1"
-        cost = f"{self.passes:,} images"
-        if self.seconds is not None:
-            cost += f", about {self.seconds / 60:.0f} min"
         names = [config.method for config in self.group]
         counts = {name: names.count(name) for name in names}
         what = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counts.items())
-        return f"{first.dataset} IF={first.imbalance:g} seed {first.seed} {stage}: {what}   ({cost})"
+        return f"{first.dataset} IF={first.imbalance:g} seed {first.seed} {stage}: {what}   ({self.passes:,} images)"
 
 
-def jobs(configs: Iterable[RunConfig], store: Store, options: Options) -> list[Job]:
+def jobs(configs: Iterable[RunConfig], store: Store) -> list[Job]:
     """What :func:`campaign` would do, in order."""
-    rates = _rates(store, options)
-    planned = []
-    for group in plan(configs, store):
-        first = group[0]
-        passes = _epochs(first) * _images(first)
-        rate = rates.get(_kind(first))
-        planned.append(Job(group, passes, None if rate is None else passes / rate))
-    return planned
+    return [Job(group, _epochs(group[0]) * _images(group[0])) for group in plan(configs, store)]
 
 
 def _epochs(config: RunConfig) -> int:
@@ -111,15 +119,18 @@ def _images(config: RunConfig) -> int:
 
 
 def _kind(config: RunConfig) -> tuple:
-    return type(config.stage2).__name__, config.backbone, config.precision, SPECS[config.dataset].size
+    branches = config.stage2 is None and config.stage1.second_sampler is not None
+    return type(config.stage2).__name__, branches, config.backbone, config.precision, SPECS[config.dataset].size
 
 
-def _rates(store: Store, options: Options) -> dict[tuple, float]:
-    here, rates = device_name(options.torch_device()), {}
+def images_per_second(store: Store) -> dict[str, Rates]:
+    """How fast each device of the store's records was, by kind of run: stage, network, precision, image size."""
+    rates: dict[str, Rates] = {}
     for record in store:
-        if record.provenance["device"] == here and record.provenance["seconds"] > 0:
+        if record.provenance["seconds"] > 0:
             images = sum(record.provenance["class_counts"]) * _epochs(record.config)
-            rates[_kind(record.config)] = images / record.provenance["seconds"]
+            kinds = rates.setdefault(record.provenance["device"], {})
+            kinds[_kind(record.config)] = images / record.provenance["seconds"]
     return rates
 
 

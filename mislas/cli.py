@@ -12,14 +12,14 @@ from typing import Any
 
 from . import __version__
 from .augment import Images
-from .campaign import campaign, files, jobs, merge, pack, parse_budget, wanted
+from .campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
 from .config import field_names, locate
 from .data import SPECS, load
 from .errors import MislasError, RecordError, unknown
 from .evaluate import BINS, predict, summarise
 from .lists import LISTS, check, load_lists
 from .methods import METHODS, configure
-from .runs import Record, Store, run
+from .runs import Record, Store, device_name, run
 from .study import default_results_root
 from .train import Options
 
@@ -248,15 +248,14 @@ def _campaign(arguments: argparse.Namespace) -> None:
     budget = parse_budget(arguments.budget) if arguments.budget else None
     everything = wanted(arguments.dataset, arguments.imbalance, arguments.seed)
     configs = list({c.id: c for c in (config.override(overrides) for config in everything)}.values())
-    planned = jobs(configs, store, options)
+    planned, rates = jobs(configs, store), images_per_second(store).get(device_name(options.torch_device()), {})
     have = sum(store.get(config) is not None for config in configs)
     print(f"{have} of {len(configs)} runs are in the store; {len(planned)} jobs to do, most wanted first:")
-    for job in planned:
-        print(f"  {job}")
-    if planned and all(job.seconds is not None for job in planned):
-        print(
-            f"  about {sum(job.seconds for job in planned) / 3600:.1f} h in all, at the rates of the store's runs here"
-        )
+    seconds = [job.seconds_at(rates) for job in planned]
+    for job, cost in zip(planned, seconds, strict=True):
+        print(f"  {job}" + ("" if cost is None else f", about {cost / 60:.0f} min"))
+    if planned and None not in seconds:
+        print(f"  about {sum(seconds) / 3600:.1f} h in all, at the rates of the store's runs on this device")
     if arguments.dry_run:
         return
     before = files(store)

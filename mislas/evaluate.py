@@ -85,12 +85,17 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, n_bins: int = BINS,
     edges = np.linspace(0, 1, n_bins + 1)
     if adaptive:
         edges = np.quantile(confidence, edges)
-    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, n_bins - 1)
+    which = bin_of(confidence, edges)
     count = np.bincount(which, minlength=n_bins)
     with np.errstate(invalid="ignore"):
         accuracy = np.bincount(which, correct, n_bins) / count
         mean_confidence = np.bincount(which, confidence, n_bins) / count
     return Bins(edges, count, accuracy, mean_confidence)
+
+
+def bin_of(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The bin that holds each confidence, ``edges[i] < confidence <= edges[i + 1]``; 0 is in the first: ``(N,)``."""
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
 
 
 def classwise_ece(probabilities: np.ndarray, targets: np.ndarray, n_bins: int = BINS) -> float:

@@ -150,8 +150,8 @@ def ldam(class_counts: Sequence[int], max_margin: float, scale: float) -> Loss:
     margins = (scale * max_margin / margins.max() * margins).float()
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        margin = F.one_hot(targets, logits.shape[1]) * margins.to(logits)
-        return cross_entropy(logits - margin, targets)
+        margin = margins.to(logits)[targets]
+        return cross_entropy(logits.scatter_add(1, targets[:, None], -margin[:, None]), targets)
 
     return loss
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .data import SPECS, long_tailed_counts
 from .evaluate import Bins
-from .study import Study
+from .losses import smoothing_factors
+from .methods import SETTINGS
+from .runs import Record
+from .study import GRID, Study
+from .tables import DASH, PLACES, by_group, paired
+from .train import learning_rate_factor
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#595959"  # of Okabe and Ito's palette
+GREEN, LIGHT = "#009E73", "#A9D6F5"  # LIGHT differs from BLUE in grey, too
 
 STYLE = {
     "figure.dpi": 110,
@@ -54,25 +62,51 @@ def reliability_diagram(
     ax.set_xlabel("Confidence" if low else None)
 
 
+def _heading(study: Study, dataset: str, shown: Sequence[Record], title: str | None) -> str:
+    """The line above a figure: which data, whose numbers."""
+    seeds: dict[str, set[int]] = {}
+    for record in shown:
+        seeds.setdefault(record.config.dataset, set()).add(record.config.seed)
+    used = [f"{name}, seed {', '.join(map(str, sorted(some)))}" for name, some in seeds.items()]
+    return f"{title or study.title(dataset)}\n{study.kind}: {'; '.join(used)}"
+
+
+def _nothing(study: Study, dataset: str, title: str | None) -> Figure:
+    """What stands in the place of a figure of which nothing is measured."""
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(6, 0.8), layout="constrained")
+        ax.text(0.5, 0.5, f"{title or study.title(dataset)}\nnot measured yet", ha="center", va="center", color=GREY)
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=True, color=GREY, linestyle=":")
+    return figure
+
+
 def reliability_figure(
-    study: Study, dataset: str, panels: Sequence[tuple[str, str, float]], columns: int = 3
+    study: Study,
+    dataset: str,
+    panels: Sequence[tuple[str, str, float]],
+    columns: int = 3,
+    title: str | None = None,
 ) -> Figure:
-    """Reliability diagrams side by side, first seed of each run; a legend stands in the space that is left.
+    """Reliability diagrams side by side, first seed of each run; a legend stands in the space that is left, or below.
 
     Args:
         study: whose runs to show.
         dataset: one of the paper's, e.g. ``"cifar10"``.
         panels: for each panel its title, method and imbalance factor. One that has not been measured says so.
         columns: panels in a row.
+        title: what the figure calls the dataset; default :meth:`mislas.study.Study.title`.
     """
-    rows = -(-(len(panels) + 1) // columns)
+    if not any(study.runs(dataset, method, imbalance) for _, method, imbalance in panels):
+        return _nothing(study, dataset, title)
+    rows = -(-len(panels) // columns)
     shown = []
     with plt.rc_context(STYLE):
         size = (3.2 * columns, 3.5 * rows)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         flat = axes.ravel()
-        for i, (ax, (title, method, imbalance)) in enumerate(zip(flat, panels, strict=False)):
-            ax.set_title(title)
+        for i, (ax, (heading, method, imbalance)) in enumerate(zip(flat, panels, strict=False)):
+            ax.set_title(heading)
             records = study.runs(dataset, method, imbalance)
             if records:
                 shown.append(records[0])
@@ -91,9 +125,11 @@ def reliability_figure(
             plt.Line2D([], [], color=GREY, linestyle="--", label="perfect calibration"),
             plt.Rectangle((0, 0), 1, 1, color=GREY, alpha=0.55, label="share of test images"),
         ]
-        flat[len(panels)].legend(handles=handles, loc="center left", frameon=False)
-        used = sorted({f"{record.config.dataset}, seed {record.config.seed}" for record in shown})
-        figure.suptitle(f"{study.kind}: {'; '.join(used)}" if used else "nothing measured yet", fontsize=11, color=GREY)
+        if len(panels) < len(flat):
+            flat[len(panels)].legend(handles=handles, loc="center left", frameon=False)
+        else:
+            figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle(_heading(study, dataset, shown, title), fontsize=11, color=GREY)
     return figure
 
 
@@ -104,6 +140,238 @@ def missing_commands(study: Study, dataset: str, panels: Sequence[tuple[str, str
         if not study.runs(dataset, method, imbalance):
             missing.setdefault(imbalance, []).append(method)
     return [study.command(dataset, methods, imbalance) for imbalance, methods in missing.items()]
+
+
+def missing_variants(
+    study: Study, dataset: str, method: str, changes: Sequence[dict[str, Any]], imbalance: float = 100
+) -> list[str]:
+    """The command that measures variants of a method, if any has not been measured."""
+    return [] if all(study.sweep(dataset, method, changes, imbalance)) else [study.campaign_command(dataset, imbalance)]
+
+
+# ----------------------------------------------------------------------------------------------------------- Table 5
+
+
+def schedule_figure(study: Study, datasets: Sequence[str]) -> Figure:
+    """Learning rate over the epochs of both stages, as the code sets it for MiSLAS. Nothing here is measured.
+
+    Args:
+        datasets: the paper's; datasets with the same two curves share a line. One without code yet is left out.
+    """
+    known = [name for name in datasets if study.kind == "tiny" or name in SETTINGS]
+    configs = {study.title(name): study.configs(name, "mislas")[0] for name in known}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 1, figsize=(6, 6.4), layout="constrained")
+        for ax, stage in zip(axes, ("stage1", "stage2"), strict=True):
+            curves: dict[tuple[float, ...], list[str]] = {}
+            for name, config in configs.items():
+                part = getattr(config, stage)
+                rates = tuple(part.lr * learning_rate_factor(part, epoch) for epoch in range(part.epochs))
+                curves.setdefault(rates, []).append(name)
+            looks = zip(("-", "--", "-.", ":"), (BLUE, "black", ORANGE, GREEN), strict=True)
+            for (rates, names), (line, colour) in zip(curves.items(), looks, strict=False):
+                epochs = np.arange(1, len(rates) + 1)
+                ax.plot(epochs, rates, line, drawstyle="steps-mid", color=colour, linewidth=2, label=", ".join(names))
+            ax.set(title=f"Stage-{stage[-1]}", xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+            ax.legend(frameon=False, loc="best", fontsize=10)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------- Figure 3
+
+
+def density(values: np.ndarray, at: np.ndarray, width: float = 0.04) -> np.ndarray:
+    """Density of values in 0..1: a Gaussian kernel, reflected at 0 and 1 so that what piles up there stays in sight.
+
+    Args:
+        values: in 0..1, ``(N,)``, not empty.
+        at: where to estimate it, ``(M,)``.
+        width: standard deviation of the kernel.
+
+    Returns:
+        ``(M,)``; its integral from 0 to 1 is 1.
+    """
+    counts, edges = np.histogram(values, bins=1000, range=(0, 1))
+    centres = (edges[:-1] + edges[1:]) / 2
+    places = np.concatenate([-centres, centres, 2 - centres])
+    kernel = np.exp(-0.5 * ((at[:, None] - places) / width) ** 2) / (width * np.sqrt(2 * np.pi))
+    return kernel @ np.tile(counts, 3) / len(values)
+
+
+def violin_figure(
+    study: Study, dataset: str, methods: dict[str, str], imbalance: float = 100, title: str | None = None
+) -> Figure:
+    """Probability of the true class for many, medium and few classes: one method above each line, another below.
+
+    The half-violins are densities (:func:`density`), on one scale within a group. Ticks are means.
+
+    Args:
+        study: whose runs to show, first seed of each.
+        methods: two legends and methods, the upper half first.
+    """
+    found = {name: study.runs(dataset, method, imbalance)[:1] for name, method in methods.items()}
+    shown = [record for records in found.values() for record in records]
+    if not shown:
+        return _nothing(study, dataset, title)
+    parts = {name: by_group(records[0]) for name, records in found.items() if records}
+    rows = list(next(iter(parts.values())))
+    at = np.linspace(0, 1, 301)
+    with plt.rc_context(STYLE):
+        figure, ax = plt.subplots(figsize=(6, 5.4), layout="constrained")
+        looks = dict(zip(methods, ((1, LIGHT, ""), (-1, BLUE, "///")), strict=True))
+        for name, (_, colour, hatch) in looks.items():
+            label = name if name in parts else f"{name}: not measured yet"
+            ax.fill_between([], [], facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
+        for y, group in zip((0, -1, -2), rows, strict=True):
+            ax.axhline(y, color="black", linewidth=0.6)
+            curves = {name: density(p[group], at) for name, p in parts.items() if p[group] is not None}
+            if not curves:
+                ax.text(0.5, y + 0.05, "no class of this size", ha="center", va="bottom", color=GREY)
+            for name, curve in curves.items():
+                side, colour, hatch = looks[name]
+                edge = y + side * 0.45 * curve / max(other.max() for other in curves.values())
+                ax.fill_between(at, y, edge, facecolor=colour, edgecolor="white", hatch=hatch, linewidth=0)
+                ax.plot(at, edge, color="black", linewidth=0.8)
+                mean = parts[name][group].mean()
+                ax.plot([mean, mean], [y, y + side * 0.3], color="black", linewidth=2.5)
+                ax.text(1.02, y + side * 0.2, f"mean {mean:.2f}", va="center")
+        ax.set(
+            xlim=(0, 1), ylim=(-2.6, 0.6), yticks=[0, -1, -2], yticklabels=rows, xlabel="probability of the true class"
+        )
+        ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+        figure.suptitle(_heading(study, dataset, shown, title), fontsize=11, color=GREY)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------- Figures 5 and 10
+
+
+def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str | None = None) -> Figure:
+    """Accuracy and ECE of MiSLAS for eps_1 and eps_K from 0.0 to 0.5, eps_K <= eps_1; darker is better.
+
+    Means over seeds. Marked are cross-entropy (both 0), the dataset's default (Table 5), and the best cell.
+    """
+    found = study.sweep(dataset, "mislas", GRID, imbalance)
+    shown = [record for records in found for record in records]
+    if not shown:
+        return _nothing(study, dataset, title)
+    chosen = study.configs(dataset, "mislas", imbalance)[0].stage2
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 1, figsize=(5.2, 9.4), layout="constrained")
+        for ax, name, key, sign in zip(axes, ("Accuracy (%)", "ECE (%)"), ("accuracy", "ece"), (1, -1), strict=True):
+            cells = {
+                (round(10 * change["eps_1"]), round(10 * change["eps_k"])): [100 * r.metrics[key] for r in records]
+                for change, records in zip(GRID, found, strict=True)
+            }
+            _matrix(ax, {cell: float(np.mean(values)) for cell, values in cells.items() if values}, sign)
+            ax.set_title(name)
+            frames = {
+                "cross-entropy": (0, 0, "--", GREEN),
+                "the default": (10 * chosen.eps_1, 10 * chosen.eps_k, "-", ORANGE),
+            }
+            for label, (x, y, line, colour) in frames.items():
+                style = {"fill": False, "edgecolor": colour, "linestyle": line, "linewidth": 3, "label": label}
+                ax.add_patch(plt.Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, **style))
+            ax.plot([], [], linestyle="", marker="*", markersize=9, color="black", label="best")
+            ax.legend(loc="upper left", frameon=False, title="darker is better", alignment="left")
+        figure.suptitle(_heading(study, dataset, shown, title), fontsize=11, color=GREY)
+    return figure
+
+
+def _matrix(ax: Axes, values: dict[tuple[int, int], float], sign: int) -> None:
+    """One matrix: a shaded square with its number per cell, a dash where nothing is measured, a star at the best."""
+    low, high = min(values.values()), max(values.values())
+    best = high if sign > 0 else low
+    for x in range(6):
+        for y in range(x + 1):
+            value = values.get((x, y))
+            shade = 0.0 if value is None or high == low else (value - low if sign > 0 else high - value) / (high - low)
+            colour = "white" if value is None else plt.cm.Blues(0.1 + 0.75 * shade)
+            ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
+            ink = "white" if shade > 0.8 else "black"
+            ax.text(x, y, DASH if value is None else f"{value:.1f}", ha="center", va="center", color=ink)
+            if value == best:
+                ax.plot(x + 0.29, y + 0.27, "*", markersize=9, color=ink)
+    ticks = {"ticks": range(6), "labels": [f"{i / 10}" for i in range(6)]}
+    ax.set_xticks(**ticks)
+    ax.set_yticks(**ticks)
+    ax.set(
+        xlim=(-0.5, 5.5), ylim=(-0.5, 5.5), aspect="equal", xlabel="ε₁ (largest class)", ylabel="ε_K (smallest class)"
+    )
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+# ---------------------------------------------------------------------------------------------------------- Figure 6
+
+
+def shift_figure(
+    study: Study,
+    dataset: str,
+    before: tuple[str, dict[str, Any]],
+    after: tuple[str, dict[str, Any]],
+    imbalance: float = 100,
+    title: str | None = None,
+) -> Figure:
+    """Running mean and variance of the first and the last batch norm, per channel, in two runs; first common seed.
+
+    Args:
+        before, after: the runs, as (method, changes).
+    """
+    old, new = paired(*(study.runs(dataset, method, imbalance, changes) for method, changes in (before, after)))
+    if not old:
+        return _nothing(study, dataset, title)
+    a, b = old[0].arrays(), new[0].arrays()
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(4, 1, figsize=(6, 10), layout="constrained")
+        kinds = [(place, kind) for place in PLACES for kind in ("mean", "var")]
+        for ax, (place, kind) in zip(axes, kinds, strict=True):
+            key = f"bn_{place}_{kind}"
+            channels = np.arange(1, len(a[key]) + 1)
+            ax.vlines(channels, a[key], b[key], color=GREY, linewidth=1.2)
+            ax.plot(
+                channels, a[key], "o", markersize=6, markerfacecolor="white", color=ORANGE, label="before the shift"
+            )
+            ax.plot(channels, b[key], "o", markersize=4, color=BLUE, label="after the shift")
+            ax.set_title(
+                f"{PLACES[place]}, {'running mean μ' if kind == 'mean' else 'running variance σ²'}", loc="left"
+            )
+            ax.margins(x=0.02)
+        axes[-1].set_xlabel("channel")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.suptitle(_heading(study, dataset, [old[0], new[0]], title), fontsize=11, color=GREY)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------------- Figure 11
+
+
+def forms_figure(
+    study: Study, dataset: str, panels: dict[str, dict[str, dict[str, Any]]], imbalance: float = 100
+) -> Figure:
+    """The related function: the smoothing factor of a class against its number of images. Nothing here is measured.
+
+    Args:
+        panels: panel titles, and for each its curves: legend, and what is changed of MiSLAS.
+    """
+    name = study.datasets(dataset)[0]
+    counts = long_tailed_counts(SPECS[name].train_per_class, imbalance, SPECS[name].num_classes)
+    at = np.linspace(min(counts), max(counts), 400)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(len(panels), 1, figsize=(6, 3.6 * len(panels)), layout="constrained", squeeze=False)
+        for ax, (heading, curves) in zip(axes.ravel(), panels.items(), strict=True):
+            styles = zip(("-", "--", "-.", ":"), (BLUE, "black", ORANGE, GREEN), strict=True)
+            for (label, changes), (line, colour) in zip(curves.items(), styles, strict=False):
+                s = study.configs(dataset, "mislas", imbalance, changes)[0].stage2
+                factors = smoothing_factors(at, s.eps_1, s.eps_k, s.form, s.power)
+                ax.plot(at, factors, line, color=colour, linewidth=2, label=label)
+            ax.plot(
+                counts, np.full(len(counts), 0.0), "|", color=GREY, markersize=10, label="the classes", clip_on=False
+            )
+            ax.set(title=heading, xlabel="training images of the class", ylabel="smoothing factor ε", ylim=(0, None))
+            ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.05))
+        figure.suptitle(f"{study.title(dataset)}, IF {imbalance:g}", fontsize=11, color=GREY)
+    return figure
 
 
 def show(figure: Figure) -> None:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -96,6 +97,11 @@ class Store:
         """The record of a run, or None if it has not been measured."""
         path = self.find(config)
         return read_record(path) if path.exists() else None
+
+    def seeds(self, dataset: str, imbalance: float) -> list[int]:
+        """Seeds of which any run on this data is there, by the files' names."""
+        names = self.root.glob(f"{dataset}-if{imbalance:g}/*.json")
+        return sorted({int(found[1]) for found in (re.search(r"-s(\d+)-\w+$", name.stem) for name in names) if found})
 
     def __iter__(self) -> Iterator[Record]:
         for path in sorted(self.root.glob("*/*.json")):

@@ -2,18 +2,22 @@
 
 study = Study("stored")
 study.runs("cifar10", "mislas", imbalance=100)     # the records, one per seed; none if never measured
+study.sweep("cifar10", "mislas", GRID)             # the same for each of several changes, trained together
+study.neighbours("cifar100")                       # what is measured beside a dataset that may be out of reach
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import paper
 from .config import RunConfig
-from .data import available, dataset_name
+from .data import SPECS, available, dataset_name
 from .errors import DataError, MislasError, unknown
 from .methods import configure
 from .runs import Record, Store, run
@@ -28,7 +32,16 @@ PROFILES = {
 #: The paper's datasets and what may stand in for them, the exact one first. A record says which it used.
 STAND_INS = {"cifar10": ("cifar10", "cifar10-jpeg"), "cifar100": ("cifar100", "cifar100-jpeg")}
 
-MAX_SEEDS = 10
+#: What is measured beside a dataset of the paper where a table or figure shows that one alone: the same experiment on
+#: other images, under their own name, in panels of their own.
+NEIGHBOURS = {"cifar100": ("cifar10", "tinyimagenet32")}
+
+#: Changes of MiSLAS that share one pass through its backbone. Figures 5 and 10: eps_1 and eps_K, 0.0 to 0.5.
+GRID = [{"eps_1": a / 10, "eps_k": b / 10} for a in range(6) for b in range(a + 1)]
+#: Figure 11: forms of the related function beside the default, concave. The paper's text gives no p: these p are ours.
+FORMS = [{"form": "linear"}, {"form": "convex"}] + [{"form": "power", "power": p} for p in (1 / 3, 0.5, 2.0, 3.0)]
+#: Figure 6's control: batch norm shifted in a method that leaves it alone.
+SHIFT = {"stage2.shift_bn": True}
 
 
 def default_results_root() -> Path:
@@ -92,42 +105,127 @@ class Study:
             return ("digits",)
         return STAND_INS.get(dataset_name(dataset), (dataset_name(dataset),))
 
-    def configs(self, dataset: str, method: str, imbalance: float = 100) -> list[RunConfig]:
-        """The configurations asked for, one per seed, on the first of :meth:`datasets` that can be had."""
+    def title(self, dataset: str) -> str:
+        """How a caption names what the profile shows for a dataset."""
+        if self.profile == "tiny":
+            return "scikit-learn's digits"
+        return paper.DATASETS.get(dataset) or f"{SPECS[dataset_name(dataset)].title}, long-tailed"
+
+    def neighbours(self, dataset: str) -> dict[str, str]:
+        """What to show beside one of the paper's datasets: names and titles; see :data:`NEIGHBOURS`.
+
+        None with ``"tiny"``, which has one dataset; with ``"full"`` those whose images are under data_root.
+        """
+        names = () if self.profile == "tiny" else NEIGHBOURS.get(dataset_name(dataset), ())
+        if self.profile == "full":
+            names = [name for name in names if self._have(name)]
+        return {name: f"{self.title(name)}, a neighbour of {self.title(dataset)}" for name in names}
+
+    def _have(self, dataset: str) -> list[str]:
+        return [name for name in self.datasets(dataset) if available(name, self.data_root)]
+
+    def trains(self, dataset: str) -> bool:
+        """Whether runs that are missing are trained now. With ``"full"`` they are, unless only images of the dataset's
+        neighbours are under data_root; if there are none at all, the attempt says what is missing."""
+        if self.profile == "full":
+            return bool(self._have(dataset)) or not self.neighbours(dataset)
+        return self.profile == "tiny"
+
+    def configs(
+        self, dataset: str, method: str, imbalance: float = 100, changes: dict[str, Any] | None = None
+    ) -> list[RunConfig]:
+        """The configurations asked for, one per seed, on the first of :meth:`datasets` that can be had.
+
+        ``changes`` are made after the study's overrides, in the same way.
+        """
         names = self.datasets(dataset)
         if self.profile == "full":
-            names = [name for name in names if available(name, self.data_root)] or names[:1]
-        base = configure(names[0], method, imbalance, 0, self.overrides)
+            names = self._have(dataset) or names
+        base = self._configure(names[0], method, imbalance, changes)
         return [replace(base, seed=seed) for seed in self.seeds or [base.seed]]
 
-    def runs(self, dataset: str, method: str | Sequence[str], imbalance: float = 100) -> list[Record]:
+    def _configure(self, name: str, method: str, imbalance: float, changes: dict[str, Any] | None) -> RunConfig:
+        return configure(name, method, imbalance, 0, self.overrides).override(changes or {})
+
+    def _stored(
+        self, name: str, method: str, imbalance: float, changes: dict[str, Any] | None = None
+    ) -> dict[int, Record]:
+        seeds = self.store.seeds(name, imbalance)
+        if not seeds:
+            return {}
+        base = self._configure(name, method, imbalance, changes)
+        wanted = seeds if self.seeds is None else self.seeds
+        records = {seed: self.store.get(replace(base, seed=seed)) for seed in wanted}
+        return {seed: record for seed, record in records.items() if record is not None}
+
+    def runs(
+        self,
+        dataset: str,
+        method: str | Sequence[str],
+        imbalance: float = 100,
+        changes: dict[str, Any] | None = None,
+    ) -> list[Record]:
         """The records of one method, one per seed; trained now if the profile trains. Empty if never measured.
 
         Several methods in one call train together where they can; their records come back in one list.
         """
         methods = [method] if isinstance(method, str) else list(method)
-        if self.profile != "stored":
-            configs = [config for name in methods for config in self.configs(dataset, name, imbalance)]
+        if self.trains(dataset):
+            configs = [config for name in methods for config in self.configs(dataset, name, imbalance, changes)]
             return run(configs, self.store, self.data_root, self.options)
         found = []
         for name in methods:
-            for candidate in self.datasets(dataset):
-                seeds = self.seeds if self.seeds is not None else range(MAX_SEEDS)
-                base = configure(candidate, name, imbalance, 0, self.overrides)
-                records = [self.store.get(replace(base, seed=seed)) for seed in seeds]
-                records = [record for record in records if record is not None]
-                if records:
-                    found += records
-                    break
+            candidates = (self._stored(candidate, name, imbalance, changes) for candidate in self.datasets(dataset))
+            found += next((list(records.values()) for records in candidates if records), [])
         return found
 
-    def command(self, dataset: str, methods: Sequence[str], imbalance: float) -> str:
+    def sweep(
+        self, dataset: str, method: str, changes: Sequence[dict[str, Any]], imbalance: float = 100
+    ) -> list[list[Record]]:
+        """The records of one method under several changes: for each change a list, one per seed, empty if not measured.
+
+        What is trained is trained in one call, so that variants of Stage-2 share a pass. What is stored is taken where
+        variants can be compared: from the one dataset, and the seeds on it, that have most of the changes.
+        """
+        if self.trains(dataset):
+            configs = [self.configs(dataset, method, imbalance, change) for change in changes]
+            records = iter(
+                run([config for group in configs for config in group], self.store, self.data_root, self.options)
+            )
+            return [[next(records) for _ in group] for group in configs]
+        measured: dict[tuple[int, int], dict[int, Record]] = {}
+        for place, name in enumerate(self.datasets(dataset)):
+            for i, change in enumerate(changes):
+                for seed, record in self._stored(name, method, imbalance, change).items():
+                    measured.setdefault((place, seed), {})[i] = record
+        most = max(map(len, measured.values()), default=0)
+        best = sorted(key for key, cells in measured.items() if len(cells) == most)
+        chosen = [measured[key] for key in best if key[0] == best[0][0]]
+        return [[cells[i] for cells in chosen if i in cells] for i in range(len(changes))]
+
+    def command(
+        self, dataset: str, methods: Sequence[str], imbalance: float, changes: dict[str, Any] | None = None
+    ) -> str:
         """The command that measures these runs."""
-        parts = [f"mislas train --dataset {self.datasets(dataset)[0]} --imbalance {imbalance:g}"]
-        parts.append(f"--method {' '.join(methods)}")
+        return self._command("train", dataset, imbalance, [f"--method {' '.join(methods)}"], changes)
+
+    def campaign_command(self, dataset: str, imbalance: float = 100) -> str:
+        """The command that measures all that the book shows of a dataset, :data:`GRID` and :data:`FORMS` included."""
+        return self._command("campaign", dataset, imbalance)
+
+    def _command(
+        self,
+        name: str,
+        dataset: str,
+        imbalance: float,
+        more: Sequence[str] = (),
+        changes: dict[str, Any] | None = None,
+    ) -> str:
+        parts = [f"mislas {name} --dataset {self.datasets(dataset)[0]} --imbalance {imbalance:g}", *more]
         if self.seeds:
             parts.append(f"--seed {' '.join(map(str, self.seeds))}")
-        parts += [f"--set {key}={value}" for key, value in self.overrides.items()]
+        fields = (self.overrides | (changes or {})).items()
+        parts += [f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fields]
         return " ".join([*parts, "--data-root DIR"])
 
     def provenance(self, records: Sequence[Record]) -> str:

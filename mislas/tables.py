@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import html
+import itertools
 import statistics
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from . import paper
-from .methods import METHODS
+from .config import RunConfig
+from .data import groups
+from .methods import METHODS, SETTINGS, configure
+from .runs import Record
 from .study import Study
 
 DASH = "–"
@@ -30,7 +37,7 @@ class Table:
     """A table, its caption and the notes under it; Jupyter shows it as HTML, ``print`` as Markdown.
 
     Attributes:
-        frame: cells as text, methods as rows; columns may have two levels.
+        frame: cells as text, methods as rows; columns may have two levels. An empty one is not shown.
         caption: what it shows and on which data.
         notes: footnotes and provenance, one paragraph each. Text between backquotes is code.
     """
@@ -40,17 +47,20 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def _repr_html_(self) -> str:
-        body = self.frame.to_html(classes="mislas-table", border=0, justify="center", sparsify=True)
+        body = ""
+        if not self.frame.empty:
+            body = self.frame.to_html(classes="mislas-table", border=0, justify="center", sparsify=True)
+            body = f'<div class="mislas-scroll">{body}</div>'
         notes = "".join(f'<p class="mislas-note">{_inline(note)}</p>' for note in self.notes)
         caption = f'<p class="mislas-caption">{_inline(self.caption)}</p>'
-        return f'{caption}<div class="mislas-scroll">{body}</div>{notes}'
+        return f"{caption}{body}{notes}"
 
     def to_markdown(self) -> str:
         """A GitHub table with one header row, then the notes."""
         columns = [" ".join(c) if isinstance(c, tuple) else str(c) for c in self.frame.columns]
         rows = [["", *columns], ["---", *["---:"] * len(columns)]]
         rows += [[str(name), *map(str, cells)] for name, cells in zip(self.frame.index, self.frame.values, strict=True)]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines = [] if self.frame.empty else ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([*lines, "", self.caption, *(line for note in self.notes for line in ("", note))])
 
     __str__ = __repr__ = to_markdown
@@ -62,6 +72,13 @@ def _inline(text: str) -> str:
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
+def _table(
+    study: Study, frame: pd.DataFrame, caption: str, notes: list[str], shown: Sequence[Record], beside: bool = False
+) -> Table:
+    """A table with its provenance; where nothing is measured and the paper has nothing, only what would be in it."""
+    return Table(frame if shown or beside else pd.DataFrame(), caption, [*notes, study.provenance(shown)])
+
+
 def compare(
     study: Study,
     dataset: str,
@@ -69,11 +86,12 @@ def compare(
     imbalances: Sequence[float],
     published: Callable[[str, float], float | None] = lambda method, imbalance: None,
     titles: dict[str, str] | None = None,
+    title: str | None = None,
 ) -> Table:
     """Top-1 accuracy and ECE of methods on one dataset: the paper's beside ours, per imbalance factor.
 
-    With the tiny profile the paper's numbers are left out: a smoke run is never set beside them. A cell that has not
-    been measured says so; the note under the table names the command that would.
+    With the tiny profile the paper's numbers are left out: a smoke run is never set beside them. Where the paper has
+    none, so is their column. A cell that has not been measured says so; the note under the table names the command.
 
     Args:
         study: whose runs to show.
@@ -82,8 +100,12 @@ def compare(
         imbalances: imbalance factors, in order.
         published: the paper's accuracy in percent for (method, imbalance), or None.
         titles: row names; default the registry's.
+        title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
     """
     tiny = study.kind == "tiny"
+    beside = not tiny and any(
+        published(method, imbalance) is not None for method in methods for imbalance in imbalances
+    )
     known = [method for method in methods if method in METHODS]
     rows = known if tiny else list(methods)
     if study.profile != "stored":
@@ -112,7 +134,7 @@ def compare(
             else:
                 accuracy.append("no code yet")
                 ece.append(DASH)
-        if not tiny:
+        if beside:
             numbers = [published(method, imbalance) for method in rows]
             columns[head, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
         columns[head, study.kind] = accuracy
@@ -129,12 +151,10 @@ def compare(
         )
     else:
         used = sorted({record.config.dataset for record in shown})
-        on = f"measured on {', '.join(used)}" if used else "nothing measured yet"
-        caption = (
-            f"Top-1 accuracy (%), {paper.DATASETS.get(dataset, dataset)}: paper, and {on}, with the measured ECE (%)."
-        )
-        notes.append(study.provenance(shown))
-    return Table(frame, caption, notes)
+        on = f"measured on {', '.join(used)}, with the measured ECE (%)" if used else "nothing measured yet"
+        said = "paper, and " if beside else ""
+        caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said}{on}."
+    return _table(study, frame, caption, notes, shown, beside)
 
 
 def table3(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
@@ -146,6 +166,297 @@ def table3(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
 
     order = ["ce", "mixup", "ldam+drw", "bbn", "remix+drw", "crt", "lws", "crt+mixup", "lws+mixup", "mislas"]
     return compare(study, dataset, order, imbalances, published, paper.TITLES)
+
+
+def table2(
+    study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES, title: str | None = None
+) -> Table:
+    """Table 2 for one dataset: LWS as mixup, shifted batch norm and label-aware smoothing are added."""
+    published = functools.partial(_published_table2, dataset)
+    return compare(study, dataset, list(paper.TABLE2), imbalances, published, paper.TABLE2_TITLES, title)
+
+
+def _published_table2(dataset: str, method: str, imbalance: float) -> float | None:
+    known = dataset == "cifar100" and imbalance in paper.IMBALANCES
+    return paper.TABLE2[method][paper.IMBALANCES.index(imbalance)] if known else None
+
+
+def table2_gains(
+    study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES, title: str | None = None
+) -> Table:
+    """What each module of Table 2 adds to accuracy and ECE, in points: every row minus the row before it.
+
+    Ours compare equal data and seeds, with the standard error of :func:`difference`; a dash where a row is missing.
+    """
+    methods = list(paper.TABLE2)
+    beside = study.kind != "tiny" and dataset == "cifar100"
+    columns, shown = {}, []
+    for imbalance in imbalances:
+        records = {method: study.runs(dataset, method, imbalance) for method in methods}
+        steps = [paired(records[new], records[old]) for old, new in itertools.pairwise(methods)]
+        shown += [record for found in records.values() for record in found]
+        if beside:
+            numbers = [_published_table2(dataset, method, imbalance) for method in methods]
+            gains = [f"{new - old:+.1f}" for old, new in itertools.pairwise(numbers)]
+            columns[f"IF {imbalance:g}", "paper"] = gains
+        columns[f"IF {imbalance:g}", study.kind] = [difference(new, old) if new else DASH for new, old in steps]
+        columns[f"IF {imbalance:g}", "ECE"] = [_ece_change(new, old) if new else DASH for new, old in steps]
+    frame = pd.DataFrame(columns, index=["+ MU", "+ SL", "+ LAS, and ΔW"])
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    caption = (
+        f"What each module adds to top-1 accuracy and to ECE, in points, {title or study.title(dataset)}. "
+        "± is the standard error over the test images, not over seeds."
+    )
+    return _table(study, frame, caption, [], shown, beside)
+
+
+def paired(new: Sequence[Record], old: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """What of two sets of runs can be compared: those of equal data and seeds, in equal order."""
+    index = {(record.config.dataset, record.config.seed): record for record in old}
+    both = [record for record in new if (record.config.dataset, record.config.seed) in index]
+    return both, [index[record.config.dataset, record.config.seed] for record in both]
+
+
+def difference(new: Sequence[Record], old: Sequence[Record]) -> str:
+    """Accuracy of some runs minus that of others, in points, with its standard error over the test images.
+
+    Both are tested on the same images, so the error is that of a paired difference: the spread over the images of
+    (share of ``new`` that is right) - (share of ``old`` that is right), by the root of their number. It does not know
+    how another training of the same network would have come out.
+
+    Args:
+        new, old: not empty, on the same test set.
+    """
+    right = [np.mean([record.predictions().correct for record in records], axis=0) for records in (new, old)]
+    delta = right[0] - right[1]
+    return f"{100 * delta.mean():+z.1f} ± {100 * delta.std(ddof=1) / len(delta) ** 0.5:.1f}"
+
+
+def _ece_change(new: Sequence[Record], old: Sequence[Record]) -> str:
+    means = [statistics.mean(record.metrics["ece"] for record in records) for records in (new, old)]
+    return f"{100 * (means[0] - means[1]):+z.1f}"
+
+
+def variants(
+    study: Study,
+    dataset: str,
+    method: str,
+    changes: dict[str, dict[str, Any]],
+    imbalance: float = 100,
+    published: dict[str, float] | None = None,
+    title: str | None = None,
+) -> Table:
+    """Accuracy, ECE and NLL of one method under several changes, and how far accuracy is from the first row's.
+
+    Args:
+        study: whose runs to show; see :meth:`mislas.study.Study.sweep`.
+        changes: row names, and what each row changes of the method. The first row is what the others are held against.
+        published: the paper's difference in points, by row name; left out with the tiny profile.
+        title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
+    """
+    found = study.sweep(dataset, method, list(changes.values()), imbalance)
+    rows = {}
+    for name, records in zip(changes, found, strict=True):
+        new, old = paired(records, found[0])
+        rows[name] = [
+            percent([record.metrics["accuracy"] for record in records]) if records else "not measured",
+            percent([record.metrics["ece"] for record in records]) if records else DASH,
+            f"{statistics.mean(record.metrics['nll'] for record in records):.3f}" if records else DASH,
+            difference(new, old) if new and records is not found[0] else DASH,
+        ]
+    frame = pd.DataFrame.from_dict(rows, orient="index")
+    frame.columns = pd.MultiIndex.from_tuples((study.kind, c) for c in ("accuracy", "ECE", "NLL", "difference"))
+    beside = bool(published) and study.kind != "tiny"
+    if beside:
+        said = [f"{published[name]:+.1f}" if name in published else DASH for name in changes]
+        frame.insert(0, ("paper", "difference"), said)
+    caption = (
+        f"{METHODS[method].title} with changes, {title or study.title(dataset)}, IF {imbalance:g}: accuracy, ECE (%), "
+        "NLL (nats), and accuracy minus the first row's (points, ± standard error over the test images)."
+    )
+    notes = [] if all(found) else [f"Not measured yet: `{study.campaign_command(dataset, imbalance)}`"]
+    return _table(study, frame, caption, notes, [record for records in found for record in records], beside)
+
+
+def true_probabilities(
+    study: Study, dataset: str, methods: dict[str, str], imbalance: float = 100, title: str | None = None
+) -> Table:
+    """Probability that runs give to the true class, by group of classes: mean, and share of images above 0.9 (%).
+
+    Args:
+        methods: column titles and methods. First seed of each.
+    """
+    columns, shown = {}, []
+    for head, method in methods.items():
+        records = study.runs(dataset, method, imbalance)[:1]
+        shown += records
+        parts = by_group(records[0]) if records else {name: None for name in groups([])}
+        columns[head, "mean"] = [DASH if p is None else f"{p.mean():.3f}" for p in parts.values()]
+        columns[head, "> 0.9"] = [DASH if p is None else f"{100 * (p > 0.9).mean():.1f}" for p in parts.values()]
+    frame = pd.DataFrame(columns, index=list(groups([])))
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    caption = (
+        f"Probability of the true class, {title or study.title(dataset)}, IF {imbalance:g}, first seed, {study.kind}: "
+        "mean over test images, and share above 0.9 (%). A dash: not measured, or a group without classes."
+    )
+    missing = [method for method in methods.values() if not study.runs(dataset, method, imbalance)]
+    notes = [f"Not measured yet: `{study.command(dataset, missing, imbalance)}`"] if missing else []
+    return _table(study, frame, caption, notes, shown)
+
+
+def by_group(record: Record) -> dict[str, np.ndarray | None]:
+    """A run's probabilities of the true class for test images of many, medium and few classes; None for no class."""
+    predictions = record.predictions()
+    named = groups(record.arrays()["class_counts"].tolist())
+    inside = {name: np.isin(predictions.target, classes) for name, classes in named.items()}
+    return {name: predictions.true_probability[mask] if mask.any() else None for name, mask in inside.items()}
+
+
+PLACES = {"first": "first BN", "last": "last BN"}
+
+
+def shift_sizes(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """How far batch norm's running statistics moved, averaged over channels, for the ``"first"`` and ``"last"`` layer.
+
+    Args:
+        before, after: arrays of two runs: ``bn_first_mean``, ``bn_first_var``, and the same of ``last``; each ``(C,)``.
+
+    Returns:
+        By layer: ``mean`` and ``variance``, the absolute changes; ``mean_relative``, that of the mean in old standard
+        deviations; ``variance_relative``, that of the variance as a share of the old one.
+    """
+    sizes = {}
+    for place in PLACES:
+        mean, variance = (np.abs(after[f"bn_{place}_{k}"] - before[f"bn_{place}_{k}"]) for k in ("mean", "var"))
+        old = before[f"bn_{place}_var"]
+        sizes[place] = {
+            "mean": float(mean.mean()),
+            "variance": float(variance.mean()),
+            "mean_relative": float((mean / np.sqrt(old)).mean()),
+            "variance_relative": float((variance / old).mean()),
+        }
+    return sizes
+
+
+Pairs = dict[str, tuple[tuple[str, dict[str, Any]], tuple[str, dict[str, Any]]]]
+
+
+def shifts(study: Study, dataset: str, pairs: Pairs, imbalance: float = 100, title: str | None = None) -> Table:
+    """The size of the change in the first and the last batch norm; see :func:`shift_sizes`.
+
+    Args:
+        pairs: row titles, and for each the runs before and after, as (method, changes). First seed of each.
+    """
+    found, notes, shown = _shifts(study, dataset, pairs, imbalance)
+    rows = {
+        f"{name}: {PLACES[place]}": [f"{size:.3f}" for size in sizes[place].values()] if sizes else [DASH] * 4
+        for name, sizes in found.items()
+        for place in PLACES
+    }
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Δμ", "Δσ²", "Δμ / σ", "Δσ² / σ²"])
+    caption = (
+        f"Absolute change of batch norm's running statistics, mean over channels, {title or study.title(dataset)}, "
+        f"IF {imbalance:g}, first seed; {study.kind}. The last two columns are relative to the old statistics."
+    )
+    return _table(study, frame, caption, notes, shown)
+
+
+def shift_remarks(study: Study, dataset: str, pairs: Pairs, imbalance: float = 100, title: str | None = None) -> Table:
+    """Whether the paper's two remarks on Figure 6 hold, for the sizes of :func:`shifts`."""
+    found, _, shown = _shifts(study, dataset, pairs, imbalance)
+    columns = {}
+    for name, sizes in found.items():
+        for scale, mean, variance in (
+            ("absolute", "mean", "variance"),
+            ("relative", "mean_relative", "variance_relative"),
+        ):
+            cells = [DASH] * 4
+            if sizes:
+                first, last = sizes["first"], sizes["last"]
+                holds = [
+                    first[variance] > first[mean],
+                    last[variance] > last[mean],
+                    last[mean] < first[mean],
+                    last[variance] < first[variance],
+                ]
+                cells = ["yes" if yes else "no" for yes in holds]
+            columns[name, scale] = cells
+    index = [
+        "(i) σ² changes more than μ, first BN",
+        "(i) σ² changes more than μ, last BN",
+        "(ii) μ changes less in the last BN",
+        "(ii) σ² changes less in the last BN",
+    ]
+    frame = pd.DataFrame(columns, index=index)
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    caption = f"Do the paper's two remarks hold? {title or study.title(dataset)}, IF {imbalance:g}; {study.kind}."
+    return _table(study, frame, caption, [], shown)
+
+
+def _shifts(
+    study: Study, dataset: str, pairs: Pairs, imbalance: float
+) -> tuple[dict[str, dict[str, dict[str, float]]], list[str], list[Record]]:
+    """Sizes by row title (empty if not measured), the commands that are missing, and the records used."""
+    found, notes, shown = {}, [], []
+    for name, pair in pairs.items():
+        records = [study.runs(dataset, method, imbalance, changes) for method, changes in pair]
+        for (method, changes), measured in zip(pair, records, strict=True):
+            if not measured:
+                notes.append(f"Not measured yet: `{study.command(dataset, [method], imbalance, changes)}`")
+        before, after = paired(*records)
+        shown += before[:1] + after[:1]
+        found[name] = shift_sizes(before[0].arrays(), after[0].arrays()) if before else {}
+    return found, notes, shown
+
+
+def table5(study: Study) -> Table:
+    """Table 5, the settings: the paper's beside what the code trains MiSLAS with, the study's overrides included.
+
+    Where a cell of the code differs it says so, and a dataset that the library does not know has "no code yet".
+    The tiny profile shows what it trains with, the settings of the digits, and no row of the paper.
+    """
+    columns = paper.TABLE5_COLUMNS
+    rows: dict[str, list[str]] = {}
+    if study.kind == "tiny":
+        ours = _settings(configure("digits", "mislas", overrides=study.overrides))
+        rows["digits: code"] = [_setting(value) for value in ours]
+        caption = "Settings of the tiny profile, as the code has them; they are not from the paper."
+        notes = []
+    else:
+        agree = differ = absent = 0
+        for dataset, said in paper.TABLE5.items():
+            name = paper.TABLE5_TITLES[dataset]
+            rows[f"{name}: paper"] = [_setting(value) for value in said]
+            if dataset not in SETTINGS:
+                rows[f"{name}: code"] = ["no code yet"] * len(columns)
+                absent += len(columns)
+                continue
+            ours = _settings(configure(dataset, "mislas", overrides=study.overrides))
+            same = [mine == theirs for mine, theirs in zip(ours, said, strict=True)]
+            agree, differ = agree + sum(same), differ + same.count(False)
+            rows[f"{name}: code"] = [
+                _setting(value) + ("" if equal else ", differs") for value, equal in zip(ours, same, strict=True)
+            ]
+        caption = "Table 5: the paper's settings, and the defaults of the code for MiSLAS."
+        notes = [f"Cells that agree: {agree}; that differ: {differ}; without code: {absent}."]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=pd.MultiIndex.from_tuples(columns))
+    return Table(frame, caption, notes)
+
+
+def _settings(config: RunConfig) -> list[Any]:
+    """A configuration's values in the columns of Table 5; where its stages differ in a common one, both."""
+    found = []
+    for fields in paper.TABLE5_COLUMNS.values():
+        stages = (path.split(".") for path in fields)
+        values = dict.fromkeys(getattr(getattr(config, stage), name) for stage, name in stages)
+        found.append(next(iter(values)) if len(values) == 1 else tuple(values))
+    return found
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " / ".join(map(_setting, value))
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 MEASURES = {
@@ -163,7 +474,9 @@ MEASURES = {
 }
 
 
-def measures(study: Study, dataset: str, methods: Sequence[str], imbalance: float = 100) -> Table:
+def measures(
+    study: Study, dataset: str, methods: Sequence[str], imbalance: float = 100, title: str | None = None
+) -> Table:
     """Every measure of some methods: mean over seeds; all in percent but NLL (nats) and Brier (0..2)."""
     rows, shown = {}, []
     for method in methods:
@@ -176,9 +489,9 @@ def measures(study: Study, dataset: str, methods: Sequence[str], imbalance: floa
             cells.append(DASH if absent else f"{scale * statistics.mean(values):.{digits}f}")
         rows[METHODS[method].title] = cells
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[title for title, _, _ in MEASURES.values()])
-    what = "tiny smoke runs on digits" if study.kind == "tiny" else paper.DATASETS.get(dataset, dataset)
+    what = "tiny smoke runs on digits" if study.kind == "tiny" else title or study.title(dataset)
     caption = f"All measures, {what}, IF {imbalance:g}. A dash: not measured, or a group without classes."
-    return Table(frame, caption, [study.provenance(shown)])
+    return _table(study, frame, caption, [], shown)
 
 
 def distance(study: Study, dataset: str, imbalance: float = 100) -> Table:

@@ -105,10 +105,14 @@ def draw_batches(
     mirrored = rng.integers(2, size=n).astype(bool) if flip else np.zeros(n, bool)
     steps = math.ceil(n / stage.batch_size)
     lams = rng.beta(stage.mixup, stage.mixup, size=steps) if stage.mixup else np.ones(steps)
-    epoch = [torch.from_numpy(part).to(device) for part in (index, top, left, mirrored)]
-    for lam, *batch in zip(lams, *(part.split(stage.batch_size) for part in epoch), strict=True):
-        partner = torch.from_numpy(rng.permutation(len(batch[0]))).to(device) if stage.mixup else None
-        yield tuple(batch), float(lam), partner
+    starts = range(0, n, stage.batch_size)
+    partners = [rng.permutation(min(stage.batch_size, n - start)) for start in starts] if stage.mixup else None
+    parts = [index, top, left, mirrored] + ([np.concatenate(partners)] if partners else [])
+    epoch = [torch.from_numpy(part).to(device) for part in parts]
+    for lam, index, top, left, mirrored, *partner in zip(
+        lams, *(p.split(stage.batch_size) for p in epoch), strict=True
+    ):
+        yield (index, top, left, mirrored), float(lam), partner[0] if partner else None
 
 
 def learning_rate_factor(stage: Stage1 | Stage2, epoch: int) -> float:
@@ -179,9 +183,10 @@ class Objective:
     """The loss of a stage on a batch: by class weights if the stage has them, mixed as the labels are."""
 
     def __init__(self, stage: Stage1 | Stage2, class_counts: Sequence[int], device: torch.device):
-        self.stage, self.loss = stage, loss_for(stage, class_counts)
-        beta = getattr(stage, "beta", None)
-        self.class_weights = None if beta is None else effective_number_weights(class_counts, beta).to(device)
+        beta, self.stage = getattr(stage, "beta", None), stage
+        with device:  # what losses keep lies there: nothing is copied in a step
+            self.loss = loss_for(stage, class_counts)
+            self.class_weights = None if beta is None else effective_number_weights(class_counts, beta)
 
     def __call__(self, logits: Tensor, batch: Batch, epoch: int) -> Tensor:
         weights = None if self.class_weights is None or self.stage.deferred(epoch) else self.class_weights
@@ -189,7 +194,9 @@ class Objective:
         if batch.partner_targets is None:
             return mean(value, None if weights is None else weights[batch.targets])
         value = torch.cat([value, self.loss(logits, batch.partner_targets)])
-        own = torch.as_tensor(batch.weight, dtype=torch.float32, device=value.device).expand(len(batch.targets))
+        own = batch.weight
+        if isinstance(own, float):
+            own = torch.full(batch.targets.shape, own, device=value.device)
         share = torch.cat([own, 1 - own])
         if weights is not None:
             share = share * weights[torch.cat([batch.targets, batch.partner_targets])]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from mislas.campaign import campaign, files, jobs, merge, pack, parse_budget, wanted
+from mislas.campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
 from mislas.errors import MislasError, RecordError
 from mislas.methods import configure
 from mislas.runs import Store, run
@@ -37,20 +37,26 @@ def test_wanted_begins_with_table_3_and_names_no_run_twice():
 
 def test_the_grid_of_21_cells_is_one_job(tmp_path):
     cells = [c for c in wanted("digits", [10]) if c.method == "mislas" and c.stage2.form == "concave"]
-    together = [job for job in jobs(cells, Store(tmp_path), OPTIONS) if job.group[0].stage2]
+    together = [job for job in jobs(cells, Store(tmp_path)) if job.group[0].stage2]
     assert max(len(job.group) for job in together) >= 21
 
 
+def test_the_last_of_a_seed_is_the_control_of_figure_6():
+    control = wanted("cifar10-jpeg")[-1]
+    assert (control.method, control.stage2.shift_bn, control.stage1.mixup) == ("lws", True, None)
+
+
 def test_a_job_costs_epochs_times_images(tmp_path):
-    (job,) = jobs([configure("cifar10", "ce")], Store(tmp_path), OPTIONS)
+    (job,) = jobs([configure("cifar10", "ce")], Store(tmp_path))
     assert job.passes == 200 * 12406
-    assert job.seconds is None
+    assert job.seconds_at({}) is None
 
 
 def test_cost_follows_the_rate_of_the_stores_runs(full):
-    (job,) = jobs([configure("digits", "mixup", 10, 0, QUICK)], full, OPTIONS)
+    (job,) = jobs([configure("digits", "mixup", 10, 0, QUICK)], full)
     provenance = full.get(configs()[0]).provenance
-    assert job.seconds == pytest.approx(provenance["seconds"], rel=0.01)
+    rates = images_per_second(full)[provenance["device"]]
+    assert job.seconds_at(rates) == pytest.approx(provenance["seconds"], rel=0.01)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("9m", 540), ("1.5h", 5400)])

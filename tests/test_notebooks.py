@@ -48,3 +48,10 @@ def test_is_committed_clean(path):
 @every_notebook
 def test_is_a_page_of_the_book(path):
     assert f"notebooks/{path.stem}\n" in (ROOT / "_toc.yml").read_text()
+
+
+@every_notebook
+def test_every_picture_has_a_text_for_those_who_cannot_see_it(path):
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type == "code" and "show(" in cell.source:
+            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 20

@@ -147,3 +147,30 @@ def test_the_authors_numbers_are_those_of_their_code():
     assert {d: rows["mislas"] for d, rows in paper.TABLE4.items()} == {
         d: rows["mislas"][0] for d, rows in paper.AUTHORS_CODE_LARGE.items()
     }
+
+
+def test_table_2_has_the_numbers_of_the_paper():
+    assert [row[0] for row in paper.TABLE2.values()] == [41.2, 44.2, 45.3, 47.0]
+    assert paper.TABLE2["lws"] == (41.2, 46.0, 58.5)
+    assert paper.TABLE2["lws+mixup+shift"][1:] == (51.4, 62.8)
+    assert paper.TABLE2.keys() == paper.TABLE2_TITLES.keys()
+
+
+def test_table_2_agrees_with_the_rows_of_table_3_that_it_repeats():
+    for method in ("lws+mixup", "mislas"):
+        assert paper.TABLE2[method] == paper.TABLE3["cifar100"][method]
+
+
+def test_table_5_has_the_settings_of_the_paper():
+    column = [row[list(paper.TABLE5_COLUMNS).index(("Common", "WD"))] for row in paper.TABLE5.values()]
+    assert column == [2e-4, 2e-4, 5e-4, 5e-4, 1e-4]
+    assert paper.TABLE5["cifar10"][-3:] == (0.3, 0.0, 0.5)
+    assert paper.TABLE5["cifar100"][-3:] == (0.4, 0.1, 0.2)
+    assert paper.TABLE5["places-lt"] == (0.1, 256, 5e-4, 90, "cosine", 10, "cosine", 0.4, 0.1, 0.05)
+    assert paper.TABLE5["inaturalist18"][3:6] == (200, "cosine", 30)
+    assert all(len(row) == len(paper.TABLE5_COLUMNS) for row in paper.TABLE5.values())
+    assert paper.TABLE5.keys() == paper.TABLE5_TITLES.keys()
+
+
+def test_smoothing_gains_are_those_of_the_text():
+    assert paper.SMOOTHING_GAIN == {"cifar10": 3.3, "cifar100": 0.9}

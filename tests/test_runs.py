@@ -242,6 +242,16 @@ def test_ten_thousand_predictions_take_under_100_kb(tmp_path, monkeypatch, datas
     np.testing.assert_allclose(record.predictions().confidence, logits.softmax(1).amax(1), atol=1e-5)
 
 
+def test_seeds_are_read_off_the_names_of_the_files(made_up):
+    for seed in (0, 12, 3):
+        made_up("cifar10", "lws+mixup+shift", seed=seed)
+    made_up("cifar10", "ce", seed=7, imbalance=10)
+    store = Store(made_up.root)
+    assert store.seeds("cifar10", 100) == [0, 3, 12]
+    assert store.seeds("cifar10", 10.0) == [7]
+    assert store.seeds("cifar100", 100) == []
+
+
 def test_putting_a_run_that_is_there_changes_nothing(store):
     before, record = contents(store), store.get(CE)
     returned = store.put(CE, {"accuracy": 0.0}, [], {}, {})

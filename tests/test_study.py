@@ -10,11 +10,14 @@ import pytest
 matplotlib.use("Agg")
 
 from mislas import paper
+from mislas import study as study_module
+from mislas.campaign import wanted
+from mislas.cli import _parser, parse_overrides
 from mislas.errors import DataError, MislasError
 from mislas.methods import configure
 from mislas.plots import missing_commands, reliability_figure
 from mislas.runs import Store, run
-from mislas.study import Study
+from mislas.study import FORMS, GRID, SHIFT, Study
 from mislas.tables import compare, distance, measures, percent, table3
 from mislas.train import Options
 
@@ -83,7 +86,7 @@ def test_table_3_of_an_empty_store_shows_the_paper_and_how_to_fill_it(tmp_path):
         "76.3",
         "82.1",
     ]
-    assert set(table.frame["IF 100", "measured"]) == {"not measured [a]", "no code yet"}
+    assert set(table.frame["IF 100", "measured"]) == {"not measured [a]"}
     assert table.notes[0].startswith("[a] `mislas train --dataset cifar10 --imbalance 100 --method ce mixup")
     html = table._repr_html_()
     assert html == table._repr_html_()
@@ -92,8 +95,6 @@ def test_table_3_of_an_empty_store_shows_the_paper_and_how_to_fill_it(tmp_path):
 
 
 def test_the_commands_of_the_notes_are_commands(tmp_path):
-    from mislas.cli import _parser
-
     for note in table3(Study("stored", results_root=tmp_path), "cifar100").notes[:-1]:
         command = re.search("`mislas (.*)`", note)[1]
         arguments = _parser().parse_args(command.split())
@@ -103,7 +104,7 @@ def test_the_commands_of_the_notes_are_commands(tmp_path):
 def test_tiny_shows_no_paper_number(monkeypatch):
     study = Study("tiny", overrides={"epochs": 1, "stage2.epochs": 1})
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    table = compare(study, "cifar10", ["ce", "bbn", "lws"], [10], lambda method, imbalance: 99.9)
+    table = compare(study, "cifar10", ["ce", "oltr", "lws"], [10], lambda method, imbalance: 99.9)
     assert list(table.frame.index) == ["CE", "LWS"]
     assert {name for _, name in table.frame.columns} == {"tiny", "ECE"}
     assert "99.9" not in str(table)
@@ -155,12 +156,92 @@ def test_bad_parameters_stop_at_once(arguments, error, message):
         Study(**arguments)
 
 
+def test_sweep_gives_each_change_its_records(made_up):
+    for change in GRID[:2]:
+        made_up("cifar10", "mislas", change)
+    found = Study(results_root=made_up.root).sweep("cifar10", "mislas", GRID[:3])
+    assert [len(records) for records in found] == [1, 1, 0]
+    assert [records[0].config.stage2.eps_1 for records in found[:2]] == [0.0, 0.1]
+
+
+def test_sweep_compares_on_the_data_and_seeds_that_have_most_of_it(made_up):
+    made_up("cifar10", "mislas", GRID[0])  # the exact data, but one cell of three
+    for seed in (0, 2):
+        for change in GRID[:3]:
+            made_up("cifar10-jpeg", "mislas", change, seed)
+    made_up("cifar10-jpeg", "mislas", GRID[1], seed=1)  # a seed of which the others are missing
+    found = Study(results_root=made_up.root).sweep("cifar10", "mislas", GRID[:3])
+    assert [[r.config.seed for r in records] for records in found] == [[0, 2]] * 3
+    assert {r.config.dataset for records in found for r in records} == {"cifar10-jpeg"}
+
+
+def test_sweep_of_an_empty_store_is_empty(tmp_path):
+    assert Study(results_root=tmp_path).sweep("cifar100", "mislas", FORMS) == [[]] * len(FORMS)
+
+
+def test_sweep_trains_all_of_it_in_one_call(monkeypatch):
+    calls = []
+    monkeypatch.setattr(study_module, "run", lambda configs, *_: calls.append(configs) or configs)
+    found = Study("tiny", seeds=[0, 1]).sweep("cifar10", "mislas", GRID)
+    assert len(calls) == 1
+    assert [[(c.stage2.eps_1, c.stage2.eps_k, c.seed) for c in cell] for cell in found] == [
+        [(change["eps_1"], change["eps_k"], seed) for seed in (0, 1)] for change in GRID
+    ]
+
+
+def test_changes_come_after_the_overrides(tmp_path):
+    study = Study(results_root=tmp_path, overrides={"eps_1": 0.5, "stage2.epochs": 3})
+    (config,) = study.configs("cifar10", "mislas", changes={"eps_1": 0.2})
+    assert (config.stage2.eps_1, config.stage2.epochs) == (0.2, 3)
+
+
+def test_grid_and_forms_are_the_papers():
+    assert len(GRID) == 21
+    assert {"eps_1": 0.4, "eps_k": 0.1} in GRID
+    assert all(0 <= change["eps_k"] <= change["eps_1"] <= 0.5 for change in GRID)
+    assert [change["form"] for change in FORMS[:2]] == ["linear", "convex"]
+
+
+def test_neighbours_depend_on_the_profile(tmp_path):
+    assert list(Study(results_root=tmp_path).neighbours("cifar100")) == ["cifar10", "tinyimagenet32"]
+    assert Study(results_root=tmp_path).neighbours("cifar10") == {}
+    assert Study("tiny").neighbours("cifar100") == {}
+    for split in ("train", "test"):
+        (tmp_path / "cifar10-jpeg" / split).mkdir(parents=True)
+    full = Study("full", tmp_path, tmp_path / "results")
+    assert full.neighbours("cifar100") == {"cifar10": "CIFAR-10-LT, a neighbour of CIFAR-100-LT"}
+
+
+def test_full_trains_no_dataset_of_which_only_neighbours_are_at_hand(tmp_path):
+    empty = Study("full", tmp_path, tmp_path / "results")
+    with pytest.raises(DataError, match="cannot read cifar100"):
+        empty.runs("cifar100", "ce")  # nothing at all is there: say what is missing
+    for split in ("train", "test"):
+        (tmp_path / "cifar10-jpeg" / split).mkdir(parents=True)
+    assert not empty.trains("cifar100")
+    assert empty.runs("cifar100", "ce") == []
+    assert empty.sweep("cifar100", "mislas", GRID[:2]) == [[], []]
+    assert empty.trains("cifar10")
+
+
+def test_commands_carry_changes_that_the_command_line_understands(tmp_path):
+    study = Study(results_root=tmp_path, seeds=[1], overrides={"stage2.epochs": 3})
+    command = study.command("cifar10", ["lws"], 100, SHIFT | {"stage2.sampler": "class_cyclic"})
+    arguments = _parser().parse_args(command.split()[1:])
+    assert parse_overrides(arguments.set) == {"stage2.epochs": 3, **SHIFT, "stage2.sampler": "class_cyclic"}
+    assert arguments.seed == [1]
+    campaign = _parser().parse_args(study.campaign_command("cifar100").split()[1:])
+    assert (campaign.dataset, campaign.imbalance, campaign.seed) == ("cifar100", [100], [1])
+
+
 def test_the_committed_records_are_whole_and_on_the_full_schedule():
     root = Path(__file__).resolve().parents[1] / "results"
+    known: dict[tuple, set[str]] = {}  # what the campaign wants is at the full schedule
     for record in Store(root):
-        assert record.config == configure(
-            record.config.dataset, record.config.method, record.config.imbalance, record.config.seed
-        )
+        key = record.config.dataset, record.config.imbalance, record.config.seed
+        if key not in known:
+            known[key] = {config.id for config in wanted(key[0], [key[1]], [key[2]])}
+        assert record.config.id in known[key]
         assert record.predictions().correct.mean() == pytest.approx(record.metrics["accuracy"], abs=1e-6)
         assert record.predictions().reliability().ece == pytest.approx(record.metrics["ece"], abs=1e-4)
         assert record.history[-1]["epoch"] == (record.config.stage2 or record.config.stage1).epochs

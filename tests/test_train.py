@@ -1,5 +1,6 @@
 import copy
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -419,6 +420,31 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(digits, options, 
         train_stage1(digits_config("ce", epochs=2), digits, options, path)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == content
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the host's waits for a GPU")
+@pytest.mark.parametrize("method", ["ce", "mixup", "remix+drw", "cutmix", "ldam", "bbn", "mislas"])
+def test_the_host_waits_for_the_gpu_once_an_epoch_not_once_a_step(digits, method):
+    def waits(batch_size):
+        sizes = {"batch_size": batch_size, "stage2.batch_size": batch_size}
+        config, options = digits_config(method, **sizes), Options(device="cuda", progress=False)
+        trained = train_stage1(config.stage1_only, digits, options)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                if config.stage2 is None:
+                    train_stage1(config, digits, options)
+                else:
+                    train_stage2([config], (trained.backbone, trained.heads[0]), digits, options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing" in str(warning.message) for warning in seen)
+
+    assert waits(16) == waits(64)
 
 
 # ----------------------------------------------------------------------------------------------------------- options

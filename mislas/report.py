@@ -1,0 +1,277 @@
+"""The paper's claims, held against what was measured: effect sizes, their uncertainty, and a verdict each.
+
+A claim is a list of comparisons between runs that differ in what the claim is about. Runs are compared on the same
+test images and seeds, and the interval is a bootstrap over those images: it knows how much a finite test set leaves
+open, and nothing of how another training would have come out; for that there are seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .campaign import images_per_second, jobs, wanted
+from .evaluate import BINS, Predictions, bin_of
+from .runs import Record, Store
+from .study import FORMS, SHIFT, Study
+from .tables import DASH, Table, paired
+
+SMALL = 1.0  # points within which an effect counts as "limited": three times what the paper calls so (appendix D.2)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison: a method, and what is changed of it."""
+
+    method: str
+    imbalance: float = 100
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``new`` minus ``old`` in one measure.
+
+    Attributes:
+        title: what changes, in words.
+        measure: a key of :data:`MEASURES`.
+        expected: what the claim says of the difference: ``"more"``, ``"less"``, ``"no more"`` or ``"same"``.
+        new, old: the two sides.
+    """
+
+    title: str
+    measure: str
+    expected: str
+    new: Side
+    old: Side
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the paper, where it stands, and the comparisons that test it."""
+
+    name: str
+    text: str
+    where: str
+    comparisons: list[Comparison]
+
+
+def _both(
+    title: str, new: Side, old: Side, accuracy: str | None = "more", ece: str | None = "less"
+) -> list[Comparison]:
+    expected = {"accuracy": accuracy, "ece": ece}
+    return [Comparison(title, measure, what, new, old) for measure, what in expected.items() if what]
+
+
+MIXUP_IN_STAGE2 = {"stage2.mixup": 1.0}
+NO_SMOOTHING = {"eps_1": 0.0, "eps_k": 0.0}
+
+CLAIMS: list[Claim] = [
+    Claim(
+        "C1", "Networks trained on long-tailed data are more over-confident than those trained on balanced data, and "
+        "so are the two-stage models.",
+        "sections 1 and 4.2, Figures 1 and 7",
+        [
+            Comparison("CE: long-tailed against balanced", "over-confidence", "more", Side("ce"), Side("ce", 1)),
+            Comparison("CE: long-tailed against balanced", "ece", "more", Side("ce"), Side("ce", 1)),
+            Comparison("cRT, long-tailed, against CE, balanced", "ece", "more", Side("crt"), Side("ce", 1)),
+            Comparison("LWS, long-tailed, against CE, balanced", "ece", "more", Side("lws"), Side("ce", 1)),
+        ],
+    ),
+    Claim(
+        "C2", "mixup in Stage-1 hardly changes Stage-1's accuracy but improves what Stage-2 reaches, and calibrates; "
+        "mixup in Stage-2 adds nothing.",
+        "section 3.1, Table 1",
+        [
+            Comparison("Stage-1: mixup against CE", "accuracy", "same", Side("mixup"), Side("ce")),
+            Comparison("Stage-1: mixup against CE", "ece", "less", Side("mixup"), Side("ce")),
+            *_both("cRT: with mixup in Stage-1", Side("crt+mixup"), Side("crt")),
+            *_both("LWS: with mixup in Stage-1", Side("lws+mixup"), Side("lws")),
+            Comparison("cRT+mixup: mixup in Stage-2, too", "accuracy", "no more",
+                       Side("crt+mixup", changes=MIXUP_IN_STAGE2), Side("crt+mixup")),
+            Comparison("LWS+mixup: mixup in Stage-2, too", "accuracy", "no more",
+                       Side("lws+mixup", changes=MIXUP_IN_STAGE2), Side("lws+mixup")),
+        ],
+    ),
+    Claim(
+        "C3", "Label-aware smoothing improves both accuracy and calibration.",
+        "sections 3.2 and 4.2, Figures 3, 5 and 10",
+        [
+            *_both("MiSLAS: smoothing against none", Side("mislas"), Side("mislas", changes=NO_SMOOTHING)),
+            *_both("LWS: smoothing against cross-entropy", Side("lws+las"), Side("lws")),
+        ],
+    ),
+    Claim(
+        "C4", "Shifted batch norm improves accuracy.", "sections 3.3 and 4.2, Table 2 and Figure 6",
+        [
+            Comparison("LWS+mixup: shifted", "accuracy", "more", Side("lws+mixup+shift"), Side("lws+mixup")),
+            Comparison("MiSLAS: shifted against not", "accuracy", "more",
+                       Side("mislas"), Side("mislas", changes={"shift_bn": False})),
+            Comparison("LWS, no mixup: shifted", "accuracy", "more", Side("lws", changes=SHIFT), Side("lws")),
+        ],
+    ),
+    Claim(
+        "C5", "The form of the related function f hardly matters.", "appendix D.2, Figure 11",
+        [
+            Comparison("concave against " + " ".join(f"{value:.2g}" if key == "power" else value
+                                                     for key, value in change.items()),
+                       "accuracy", "same", Side("mislas"), Side("mislas", changes=change))
+            for change in FORMS
+        ],
+    ),
+    Claim(
+        "C6", "MiSLAS is the most accurate and the best calibrated of all.",
+        "section 4.3, Tables 3 and 4, Figures 4 and 7",
+        [
+            comparison
+            for old in ("ce", "mixup", "crt", "lws", "crt+mixup", "lws+mixup", "ldam+drw", "bbn", "remix+drw")
+            for comparison in _both(f"MiSLAS against {old}", Side("mislas"), Side(old))
+        ],
+    ),
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- effect and uncertainty
+
+
+def _accuracy(p: Predictions) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    return p.correct[:, None].astype(float), lambda sums: sums[..., 0]
+
+
+def _over_confidence(p: Predictions) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    return (p.confidence - p.correct)[:, None], lambda sums: sums[..., 0]
+
+
+def _ece(p: Predictions) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    gaps = np.zeros((len(p.confidence), BINS))
+    which = bin_of(p.confidence, np.linspace(0, 1, BINS + 1))
+    gaps[np.arange(len(gaps)), which] = p.correct - p.confidence
+    return gaps, lambda sums: np.abs(sums).sum(axis=-1)
+
+
+#: A measure as columns of numbers per test image, and a function of their means over images: resampled, it costs one
+#: matrix product.
+MEASURES = {"accuracy": _accuracy, "over-confidence": _over_confidence, "ece": _ece}
+
+
+@lru_cache(maxsize=1)
+def _resamples(n: int, times: int = 1000) -> np.ndarray:
+    """Shares of n images in the test set as it is (the first row), and in test sets drawn from it: rows of sum 1."""
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=times)
+    return np.vstack([np.ones(n), drawn]) / n
+
+
+def effect(
+    new: Sequence[Record], old: Sequence[Record], measure: str, level: float = 0.95
+) -> tuple[float, float, float]:
+    """``new`` minus ``old``, averaged over seeds, with a percentile bootstrap interval over the test images.
+
+    Args:
+        new, old: runs of equal data and seeds, in equal order, on the same test set.
+        measure: ``"accuracy"``, ``"ece"`` (15 bins) or ``"over-confidence"`` (mean confidence minus accuracy).
+
+    Returns:
+        Effect, lower and upper end, in points (1 / 100). All runs see the same resampled images.
+    """
+    sides = [[MEASURES[measure](record.predictions()) for record in records] for records in (new, old)]
+    weights = _resamples(len(sides[0][0][0]))
+    values = [np.mean([of(weights @ columns) for columns, of in side], axis=0) for side in sides]
+    difference = 100 * (values[0] - values[1])
+    low, high = np.quantile(difference[1:], [(1 - level) / 2, (1 + level) / 2])
+    return float(difference[0]), float(low), float(high)
+
+
+def verdict(expected: str, low: float, high: float) -> str:
+    """What an interval says of a claim: ``"supports"``, ``"contradicts"`` or ``"leaves open"``.
+
+    ``"more"`` and ``"less"`` are about the sign. ``"same"`` means within :data:`SMALL` points, ``"no more"`` less than
+    :data:`SMALL` points above.
+    """
+    if expected == "less":
+        return verdict("more", -high, -low)
+    if expected == "more":
+        return "supports" if low > 0 else "contradicts" if high < 0 else "leaves open"
+    if high < SMALL and (expected == "no more" or low > -SMALL):
+        return "supports"
+    return "contradicts" if low > SMALL or (expected == "same" and high < -SMALL) else "leaves open"
+
+
+NOT_MEASURED = "not measured"
+
+
+def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
+    """A claim's comparisons on one dataset: effect, interval, seeds, verdict; and how to measure what is missing."""
+    rows, shown, commands = [], [], []
+    for c in claim.comparisons:
+        sides = [study.runs(dataset, side.method, side.imbalance, side.changes) for side in (c.new, c.old)]
+        for side, records in zip((c.new, c.old), sides, strict=True):
+            if not records:
+                commands.append(study.command(dataset, [side.method], side.imbalance, side.changes))
+        new, old = paired(*sides)
+        says = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
+        name = "ECE" if c.measure == "ece" else c.measure
+        if new:
+            shown += new + old
+            middle, low, high = effect(new, old, c.measure)
+            cells = [f"{middle:+.1f}", f"{low:+.1f} to {high:+.1f}", str(len(new)), verdict(c.expected, low, high)]
+        else:
+            cells = [DASH, DASH, "0", NOT_MEASURED]
+        rows.append([c.title, name, says, *cells])
+    frame = pd.DataFrame(rows, columns=["", "measure", "claimed", study.kind, "95% interval", "seeds", "verdict"])
+    frame = frame.set_index("")
+    frame.index.name = None
+    notes = [f"Not measured: `{command}`" for command in dict.fromkeys(commands)]
+    unique = {record.config.id: record for record in shown}
+    caption = f"{claim.name}, {study.title(dataset)}, IF 100: differences in points, bootstrap over the test images."
+    return Table(frame, caption, [*notes, study.provenance(list(unique.values()))])
+
+
+def summary(study: Study, dataset: str) -> Table:
+    """How many comparisons of each claim support it, contradict it, leave it open, or have not been measured."""
+    kinds = ["supports", "contradicts", "leaves open", NOT_MEASURED]
+    rows = {}
+    for claim in CLAIMS:
+        found = claim_table(study, dataset, claim).frame["verdict"].tolist()
+        rows[f"{claim.name}: {claim.text}"] = [found.count(kind) for kind in kinds]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=kinds)
+    return Table(frame, f"Comparisons per claim, {study.title(dataset)}, IF 100 ({study.kind}).")
+
+
+# ------------------------------------------------------------------------------------------------------------- gaps
+
+
+def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] = (100, 50, 10), seed: int = 0) -> Table:
+    """What the book would like to show and the store lacks: runs, cost on each device that the store knows, command.
+
+    The cost is what has to be trained anew, Stage-1 included, at the rate of stored runs of the same kind.
+    """
+    rates, rows = images_per_second(store), []
+    for dataset in datasets:
+        for imbalance in (*imbalances, 1):
+            configs = [c for c in wanted(dataset, imbalances, [seed]) if c.imbalance == imbalance]
+            planned = jobs(configs, store)
+            missing = sum(store.get(config) is None for config in configs)
+            if not missing:
+                continue
+            costs = []
+            for device, rate in rates.items():
+                hours = [job.seconds_at(rate) for job in planned]
+                if None not in hours:
+                    costs.append(f"{sum(hours) / 3600:.1f} h ({device})")
+            passes = sum(job.passes for job in planned)
+            rows.append(
+                [
+                    dataset, f"{imbalance:g}", f"{missing} of {len(configs)}", f"{passes / 1e6:.1f}",
+                    "; ".join(costs) or DASH,
+                    f"mislas campaign --dataset {dataset} --imbalance {imbalance:g} --seed {seed} --data-root DIR",
+                ]
+            )  # fmt: skip
+    columns = ["dataset", "IF", "runs missing", "million image passes", "estimated", "command"]
+    frame = pd.DataFrame(rows, columns=columns).set_index("dataset")
+    frame.index.name = None
+    return Table(frame, f"What is not measured yet, seed {seed}." if rows else "Everything is measured.")

@@ -1,0 +1,177 @@
+"""Claims, their effects and their intervals, on made-up runs; and what is missing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import bootstrap, norm
+from torchmetrics.functional.classification import binary_calibration_error
+
+from mislas.methods import configure
+from mislas.report import CLAIMS, claim_table, effect, gaps, summary, verdict
+from mislas.runs import Store
+from mislas.study import Study
+
+N = 2000
+TARGETS = np.arange(N) % 10
+SOURCE = {
+    "date": "2026-01-01T00:00:00+00:00", "device": "A device", "seconds": 100.0, "class_counts": [1000],
+    "data": "made up", "data_checksum": "0", "commit": "0", "torch": "0",
+}  # fmt: skip
+
+
+def put(store, config, accuracy, confidence, seed=0):
+    """A made-up run: right with probability ``accuracy``, sure by ``confidence``."""
+    rng = np.random.default_rng(seed)
+    right = rng.random(N) < accuracy
+    sure = np.clip(rng.normal(confidence, 0.05, N), 0.1, 1)
+    arrays = {
+        "target": TARGETS.astype(np.uint8),
+        "predicted": np.where(right, TARGETS, (TARGETS + 1) % 10).astype(np.uint8),
+        "confidence": np.rint(sure * 65535).astype(np.uint16),
+        "true_probability": np.rint(np.where(right, sure, 0.05) * 65535).astype(np.uint16),
+    }
+    metrics = {"accuracy": right.mean(), "ece": 0.1, "nll": 1.0}
+    return store.put(config, metrics, [], arrays, SOURCE)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("results"))
+    for i, (method, accuracy, confidence) in enumerate([("ce", 0.6, 0.9), ("mixup", 0.61, 0.8), ("mislas", 0.8, 0.75)]):
+        put(store, configure("cifar10-jpeg", method), accuracy, confidence, i)
+    put(store, configure("cifar10-jpeg", "ce", 1), 0.9, 0.95, 7)
+    return store
+
+
+def records(store, *methods):
+    return [store.get(configure("cifar10-jpeg", method)) for method in methods]
+
+
+# ----------------------------------------------------------------------------------------------------------- effects
+
+
+def test_the_effect_on_accuracy_is_the_paired_difference_and_its_interval_scipys(store):
+    ce, mislas = records(store, "ce", "mislas")
+    gain = mislas.predictions().correct.astype(float) - ce.predictions().correct
+    middle, low, high = effect([mislas], [ce], "accuracy")
+    assert middle == pytest.approx(100 * gain.mean())
+    expected = bootstrap((gain,), np.mean, method="percentile", n_resamples=4000, rng=1).confidence_interval
+    assert (low, high) == pytest.approx([100 * end for end in expected], abs=0.5)
+    half = norm.ppf(0.975) * 100 * gain.std() / N**0.5
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_the_effect_on_ece_is_the_difference_of_torchmetrics_eces(store):
+    eces = []
+    for record in records(store, "mislas", "ce"):
+        p = record.predictions()
+        eces.append(binary_calibration_error(torch.from_numpy(p.confidence), torch.from_numpy(p.correct).long(), 15))
+    middle, low, high = effect(*([record] for record in records(store, "mislas", "ce")), "ece")
+    assert middle == pytest.approx(100 * float(eces[0] - eces[1]), abs=0.05)  # edges of bins, in float32
+    assert low < middle < high
+
+
+def test_over_confidence_is_confidence_minus_accuracy(store):
+    ce, mislas = (record.predictions() for record in records(store, "ce", "mislas"))
+    expected = (ce.confidence.mean() - ce.correct.mean()) - (mislas.confidence.mean() - mislas.correct.mean())
+    middle, _, _ = effect(*([record] for record in records(store, "ce", "mislas")), "over-confidence")
+    assert middle == pytest.approx(100 * expected)
+
+
+def test_seeds_are_averaged_and_narrow_the_interval(tmp_path):
+    store = Store(tmp_path)
+    pairs = []
+    for seed in range(4):
+        base = configure("cifar10-jpeg", "ce", seed=seed), configure("cifar10-jpeg", "mislas", seed=seed)
+        pairs.append([put(store, base[0], 0.6, 0.9, 2 * seed), put(store, base[1], 0.7, 0.9, 2 * seed + 1)])
+    old, new = ([pair[i] for pair in pairs] for i in (0, 1))
+    one, four = effect(new[:1], old[:1], "accuracy"), effect(new, old, "accuracy")
+    singles = [effect([n], [o], "accuracy")[0] for n, o in zip(new, old, strict=True)]
+    assert four[0] == pytest.approx(np.mean(singles))
+    assert four[2] - four[1] < 0.7 * (one[2] - one[1])
+
+
+def test_a_run_against_itself_has_no_effect(store):
+    (ce,) = records(store, "ce")
+    for measure in ("accuracy", "ece", "over-confidence"):
+        assert effect([ce], [ce], measure) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("expected", "low", "high", "says"),
+    [
+        ("more", 0.1, 2, "supports"),
+        ("more", -2, -0.1, "contradicts"),
+        ("more", -0.1, 2, "leaves open"),
+        ("less", -2, -0.1, "supports"),
+        ("less", 0.1, 2, "contradicts"),
+        ("less", -1, 1, "leaves open"),
+        ("same", -0.9, 0.9, "supports"),
+        ("same", 0.2, 0.8, "supports"),
+        ("same", 1.1, 2, "contradicts"),
+        ("same", -2, -1.1, "contradicts"),
+        ("same", -0.5, 1.5, "leaves open"),
+        ("no more", -5, 0.9, "supports"),
+        ("no more", 1.1, 2, "contradicts"),
+        ("no more", -5, 1.5, "leaves open"),
+    ],
+)
+def test_verdicts(expected, low, high, says):
+    assert verdict(expected, low, high) == says
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def test_a_claim_shows_effects_verdicts_and_the_commands_for_the_rest(store):
+    study = Study("stored", results_root=store.root)
+    table = claim_table(study, "cifar10", CLAIMS[0])
+    first = table.frame.iloc[0]
+    assert first["verdict"] == "supports"  # over-confident by 30 points against 5
+    assert float(first["measured"]) == pytest.approx(25, abs=3)
+    assert table.frame["verdict"].tolist()[2:] == ["not measured"] * 2
+    assert any("--method crt" in note for note in table.notes)
+    assert table.notes[-1].startswith("2 runs; data made up")
+
+
+def test_the_summary_counts_every_comparison_once(store):
+    table = summary(Study("stored", results_root=store.root), "cifar10")
+    assert table.frame.sum(axis=1).tolist() == [len(claim.comparisons) for claim in CLAIMS]
+    assert table.frame.iloc[5]["supports"] == 4  # against CE and mixup, in accuracy and ECE
+
+
+def test_an_empty_store_leaves_every_claim_unmeasured(tmp_path):
+    study = Study("stored", results_root=tmp_path)
+    assert set(claim_table(study, "cifar10", CLAIMS[4]).frame["verdict"]) == {"not measured"}
+
+
+def test_every_side_of_every_claim_is_wanted_by_the_campaign():
+    """Otherwise the gap page would never ask for it."""
+    from mislas.campaign import wanted
+
+    ids = {config.id for config in wanted("cifar10-jpeg", [100])}
+    for claim in CLAIMS:
+        for c in claim.comparisons:
+            for side in (c.new, c.old):
+                assert configure("cifar10-jpeg", side.method, side.imbalance, 0, side.changes).id in ids, c.title
+
+
+def test_gaps_name_what_is_missing_its_cost_and_the_command(store):
+    table = gaps(store, ["cifar10-jpeg"], [100])
+    row = table.frame.iloc[0]
+    assert row["runs missing"].split(" of ")[0] != "0"
+    assert row["command"].startswith("mislas campaign --dataset cifar10-jpeg --imbalance 100 --seed 0")
+    assert float(row["million image passes"]) > 0
+
+
+def test_gaps_estimate_hours_from_the_rates_of_stored_runs(tmp_path):
+    """Stage-1 at 1000 images in 100 s over 200 epochs, so 2000 a second: all that one seed of CE would take."""
+    store = Store(tmp_path)
+    put(store, configure("cifar10-jpeg", "ce"), 0.6, 0.9)
+    from mislas.campaign import images_per_second, jobs
+
+    (job,) = jobs([replace(configure("cifar10-jpeg", "ce"), seed=1)], store)
+    rates = images_per_second(store)["A device"]
+    assert job.seconds_at(rates) == pytest.approx(200 * 12406 / 2000)

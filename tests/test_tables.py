@@ -1,0 +1,167 @@
+"""Tables against cases worked by hand; runs are made up."""
+
+import numpy as np
+import pytest
+
+from mislas import tables
+from mislas.study import SHIFT, Study
+from mislas.tables import (
+    by_group,
+    difference,
+    paired,
+    shift_remarks,
+    shift_sizes,
+    shifts,
+    table2,
+    table2_gains,
+    table5,
+    true_probabilities,
+    variants,
+)
+
+STEPS = {"cross-entropy": {"eps_1": 0.0, "eps_k": 0.0}, "default": {}}
+
+
+def test_table_2_sets_the_paper_beside_cifar_100_and_nobody_else(made_up):
+    made_up("cifar10-jpeg", "lws")
+    study = Study(results_root=made_up.root)
+    table = table2(study, "cifar100", [100])
+    assert table.frame["IF 100", "paper"].tolist() == ["41.2", "44.2", "45.3", "47.0"]
+    assert set(table.frame["IF 100", "measured"]) == {"not measured [a]"}
+    neighbour = table2(study, "cifar10", [100], title="a neighbour")
+    assert {name for _, name in neighbour.frame.columns} == {"measured", "ECE"}
+    assert neighbour.frame["IF 100", "measured"].tolist()[0] == "75.0"
+    assert "a neighbour" in neighbour.caption
+
+
+def test_a_table_of_which_nothing_is_known_names_the_command_alone(tmp_path):
+    table = table2(Study(results_root=tmp_path), "tinyimagenet32", [100])
+    assert table.frame.empty
+    assert "<table" not in table._repr_html_()
+    assert "|" not in str(table)
+    assert "--dataset tinyimagenet32" in str(table)
+
+
+def test_gains_of_table_2_are_differences_of_its_rows(made_up):
+    made_up("cifar100", "lws", right=(1, 0, 0, 0), ece=0.3)
+    made_up("cifar100", "lws+mixup", right=(1, 1, 0, 0), ece=0.1)
+    frame = table2_gains(Study(results_root=made_up.root), "cifar100", [100]).frame
+    assert frame["IF 100", "paper"].tolist() == ["+3.0", "+1.1", "+1.7"]
+    assert frame["IF 100", "measured"].tolist() == ["+25.0 ± 25.0", "–", "–"]
+    assert frame["IF 100", "ECE"].tolist() == ["-20.0", "–", "–"]
+
+
+def test_difference_has_the_standard_error_of_a_paired_difference(made_up):
+    new = made_up("cifar10", "lws", right=(1, 1, 1, 0))
+    old = made_up("cifar10", "crt", right=(1, 0, 1, 1))
+    # per image 0, 1, 0, -1: mean 0, standard deviation sqrt(2 / 3), over the root of 4 images
+    assert difference([new], [old]) == "+0.0 ± 40.8"
+
+
+def test_difference_averages_seeds_image_by_image(made_up):
+    new = [made_up("cifar10", "lws", seed=seed, right=right) for seed, right in enumerate([(1, 1), (1, 0)])]
+    old = [made_up("cifar10", "crt", seed=seed, right=right) for seed, right in enumerate([(1, 0), (0, 0)])]
+    # per image (1 - 0.5, 0.5 - 0): both 0.5, so no spread
+    assert difference(new, old) == "+50.0 ± 0.0"
+
+
+def test_paired_keeps_equal_data_and_seeds(made_up):
+    new = [made_up("cifar10", "lws", seed=seed) for seed in (0, 1, 2)]
+    old = [made_up("cifar10", "crt", seed=2), made_up("cifar10", "crt", seed=0), made_up("cifar10-jpeg", "crt", seed=1)]
+    both = paired(new, old)
+    assert [[r.config.seed for r in records] for records in both] == [[0, 2], [0, 2]]
+    assert paired(new, []) == ([], [])
+
+
+def test_variants_are_held_against_the_first_row(made_up):
+    made_up("cifar10", "mislas", STEPS["cross-entropy"], right=(1, 0, 0, 0), ece=0.2)
+    made_up("cifar10", "mislas", right=(1, 1, 0, 0), ece=0.1)
+    changes = STEPS | {"linear": {"form": "linear"}}
+    table = variants(Study(results_root=made_up.root), "cifar10", "mislas", changes, published={"default": 3.3})
+    assert table.frame.loc["cross-entropy"].tolist() == ["–", "25.0", "20.0", "1.000", "–"]
+    assert table.frame.loc["default"].tolist() == ["+3.3", "50.0", "10.0", "1.000", "+25.0 ± 25.0"]
+    assert table.frame.loc["linear"].tolist() == ["–", "not measured", "–", "–", "–"]
+    assert table.frame.columns[0] == ("paper", "difference")
+    assert "`mislas campaign --dataset cifar10 --imbalance 100 --data-root DIR`" in table.notes[0]
+
+
+def test_variants_of_the_tiny_profile_show_no_paper(made_up, monkeypatch):
+    record, study = made_up("digits", "mislas"), Study("tiny")
+    monkeypatch.setattr(study, "sweep", lambda *_: [[record], [record]])
+    table = variants(study, "cifar10", "mislas", STEPS, published={"default": 3.3})
+    assert {head for head, _ in table.frame.columns} == {"tiny"}
+    assert "3.3" not in str(table)
+
+
+def test_probabilities_by_group_know_an_empty_group(made_up):
+    # CIFAR-10-LT, IF 100: classes 0 to 7 are many, 8 and 9 medium, none few
+    own = [0.95] * 4 + [0.45] * 4 + [0.25, 0.75]
+    record = made_up("cifar10", "lws", right=[1] * 10, own=own)
+    parts = by_group(record)
+    assert [None if p is None else len(p) for p in parts.values()] == [8, 2, None]
+    table = true_probabilities(Study(results_root=made_up.root), "cifar10", {"CE": "lws", "LAS": "lws+las"})
+    assert table.frame["CE", "mean"].tolist() == ["0.700", "0.500", "–"]
+    assert table.frame["CE", "> 0.9"].tolist() == ["50.0", "0.0", "–"]
+    assert table.frame["LAS", "mean"].tolist() == ["–"] * 3
+    assert "--method lws+las" in table.notes[0]
+
+
+BEFORE = {"bn_first_mean": [0.0, 0], "bn_first_var": [4.0, 1], "bn_last_mean": [1.0, 1], "bn_last_var": [1.0, 1]}
+AFTER = {"bn_first_mean": [2.0, -1], "bn_first_var": [6.0, 4], "bn_last_mean": [1.5, 1], "bn_last_var": [1.0, 0.9]}
+
+
+def arrays(values):
+    return {key: np.array(value, float) for key, value in values.items()}
+
+
+def test_sizes_of_a_shift_by_hand():
+    sizes = shift_sizes(arrays(BEFORE), arrays(AFTER))
+    assert sizes["first"] == pytest.approx(
+        {"mean": 1.5, "variance": 2.5, "mean_relative": (2 / 2 + 1) / 2, "variance_relative": (2 / 4 + 3) / 2}
+    )
+    assert sizes["last"] == pytest.approx(
+        {"mean": 0.25, "variance": 0.05, "mean_relative": 0.25, "variance_relative": 0.05}
+    )
+
+
+def test_remarks_on_figure_6_follow_from_the_sizes(made_up):
+    made_up("cifar10", "lws", norm=arrays(BEFORE))
+    made_up("cifar10", "lws", SHIFT, norm=arrays(AFTER))
+    study = Study(results_root=made_up.root)
+    pairs = {"a": (("lws", {}), ("lws", SHIFT)), "b": (("lws+mixup", {}), ("lws+mixup+shift", {}))}
+    remarks = shift_remarks(study, "cifar10", pairs).frame
+    assert remarks["a", "absolute"].tolist() == ["yes", "no", "yes", "yes"]
+    assert remarks["b", "relative"].tolist() == ["–"] * 4
+    table = shifts(study, "cifar10", pairs)
+    assert table.frame.loc["a: first BN"].tolist() == ["1.500", "2.500", "1.000", "1.750"]
+    assert table.frame.loc["b: last BN"].tolist() == ["–"] * 4
+    assert sum(note.startswith("Not measured yet") for note in table.notes) == 2
+
+
+def test_a_shift_compares_the_same_data_only(made_up):
+    made_up("cifar10", "lws")
+    made_up("cifar10-jpeg", "lws", SHIFT)
+    table = shifts(Study(results_root=made_up.root), "cifar10", {"a": (("lws", {}), ("lws", SHIFT))})
+    assert table.frame.empty
+
+
+def test_table_5_of_the_defaults_is_the_papers_on_cifar(tmp_path):
+    frame = table5(Study(results_root=tmp_path)).frame
+    for name in ("LT CIFAR-10", "LT CIFAR-100"):
+        assert frame.loc[f"{name}: paper"].tolist() == frame.loc[f"{name}: code"].tolist()
+    assert frame.loc["LT CIFAR-10: code"].tolist() == [
+        *("0.1", "128", "0.0002", "200", "multistep", "10", "cosine", "0.3", "0", "0.5"),
+    ]
+
+
+def test_table_5_says_what_differs_and_what_is_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "SETTINGS", {"cifar10": tables.SETTINGS["cifar10"]})
+    table = table5(Study(results_root=tmp_path, overrides={"lr": 0.05, "eps_1": 0.4}))
+    assert table.frame.loc["LT CIFAR-10: code", ("Common", "LR")] == "0.05 / 0.1, differs"
+    assert table.frame.loc["LT CIFAR-10: code", ("Stage-2", "ε₁")] == "0.4, differs"
+    assert set(table.frame.loc["ImageNet-LT: code"]) == {"no code yet"}
+    assert table.notes[0] == "Cells that agree: 8; that differ: 2; without code: 40."
+
+
+def test_table_5_of_the_tiny_profile_has_no_row_of_the_paper():
+    assert list(table5(Study("tiny")).frame.index) == ["digits: code"]

@@ -80,8 +80,8 @@ def crop(image: Tensor, size: int, seed: int) -> Tensor:
 # -------------------------------------------------------------------------------------------------------- a batch
 
 
-def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """Change brightness, contrast and saturation, each image by its own factors in its own order.
+def jitter_(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Change brightness, contrast and saturation in place, each image by its own factors in its own order.
 
     Each change is ``factor * x + (1 - factor) * other``, clipped to 0..1, where ``other`` is black (0, brightness), the
     mean of the image's greys (1, contrast), or its greys (2, saturation).
@@ -91,13 +91,12 @@ def jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         factors: ``(B, 3)``; 1 changes nothing. Of brightness, contrast, saturation.
         order: int64 ``(B, 3)``, a permutation of 0, 1, 2 for each image.
     """
-    weights = torch.tensor([0.2989, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)  # ITU-R 601, as torchvision
     for change in order.T:
-        which = change.view(-1, 1, 1, 1)
-        grey = (images * weights).sum(1, keepdim=True)
+        which, factor = (t.view(-1, 1, 1, 1) for t in (change, factors.gather(1, change[:, None])))
+        red, green, blue = images.split(1, dim=1)
+        grey = 0.2989 * red + 0.587 * green + 0.114 * blue  # ITU-R 601, as torchvision
         other = torch.where(which == 2, grey, torch.where(which == 1, grey.mean((2, 3), keepdim=True), 0.0))
-        factor = factors.gather(1, change[:, None]).view(-1, 1, 1, 1)
-        images = torch.lerp(other, images, factor).clamp(0, 1)
+        images.lerp_(other, 1 - factor).clamp_(0, 1)
     return images
 
 
@@ -202,21 +201,22 @@ class ImageBatches:
         index = SAMPLERS[sampler](rng, self.images.targets.numpy())
         n, strength = len(index), self.spec.jitter
         seeds = rng.integers(2**62, size=n)
-        mirrored = torch.from_numpy(rng.integers(2, size=n).astype(bool))
-        factors = torch.from_numpy(rng.uniform(max(0, 1 - strength), 1 + strength, size=(n, 3)).astype(np.float32))
-        order = torch.from_numpy(rng.permuted(np.tile(np.arange(3), (n, 1)), axis=1))
+        mirrored = rng.integers(2, size=n).astype(bool)
+        factors = rng.uniform(max(0, 1 - strength), 1 + strength, size=(n, 3)).astype(np.float32)
+        order = rng.permuted(np.tile(np.arange(3), (n, 1)), axis=1)
+        drawn = [torch.from_numpy(part).to(self.device) for part in (index, mirrored, factors, order)]
         for crops, part in self._decoded(index, seeds):
-            flip = mirrored[part].to(self.device).view(-1, 1, 1, 1)
-            images = torch.where(flip, crops.flip(3), crops).float() / 255
+            shown, flip, factor, turn = (whole[part] for whole in drawn)
+            images = torch.where(flip.view(-1, 1, 1, 1), crops.flip(3), crops).float().div_(255)
             if strength:
-                images = jitter(images, factors[part].to(self.device), order[part].to(self.device))
-            yield self._normalised(images), self.targets[torch.from_numpy(index[part]).to(self.device)]
+                jitter_(images, factor, turn)
+            yield self._normalised(images), self.targets[shown]
 
     def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
         """All images in order, the test crop: the same kind of batches as :meth:`epoch`."""
         index = np.arange(len(self))
         for crops, part in self._decoded(index, np.full(len(self), PLAIN)):
-            yield self._normalised(crops.float() / 255), self.targets[part]
+            yield self._normalised(crops.float().div_(255)), self.targets[part]
 
     def _decoded(self, index: np.ndarray, seeds: np.ndarray) -> Iterator[tuple[Tensor, slice]]:
         parts = [slice(*piece) for piece in self.pieces]
@@ -237,14 +237,14 @@ class ImageBatches:
             yield crops.to(self.device, non_blocking=True), part
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
 
 
 # -------------------------------------------------------------------------------------------------------- smaller
 
 
 def shrink(images: ImageList, folder: str | os.PathLike, side: int = 256, progress: bool = True) -> None:
-    """Copy the images of a list into ``folder``, the shorter side at most ``side`` pixels: much faster to decode.
+    """Copy the images of a list into ``folder``, the shorter side at most ``side`` pixels: faster to decode.
 
     They are other pixels (resized, and compressed again at JPEG quality 95), so a note is left in the folder that
     :attr:`mislas.lists.ListDataset.checksum` counts in. It can be stopped at any moment, and goes on where it was.

@@ -49,7 +49,7 @@ def test_a_compressed_list_is_the_same_list(written, tmp_path):
     plain = written(LIST)
     (tmp_path / "list.txt").unlink()
     with lzma.open(tmp_path / "list.txt.xz", "wt") as handle:
-        handle.write(LIST.replace("\n", "\r\n"))
+        handle.write(LIST.replace("\n", "\r\n").replace(" 2", "\t 2 "))
     packed = read_list(tmp_path / "list.txt", tmp_path / "images", 3)
     assert packed.paths == plain.paths
     assert packed.checksum == plain.checksum
@@ -69,6 +69,8 @@ def test_the_checksum_is_that_of_the_lines(written):
         ("a.jpg 0\n\nb.jpg 1.0\n", r"line 3: label '1.0' is not an integer"),
         ("a.jpg 0\nb.jpg one\n", r"line 2: label 'one' is not an integer"),
         ("a.jpg 0\nb.jpg 1_0\n", r"line 2: label '1_0' is not an integer"),
+        ("a.jpg 0\nb.jpg ٣\n", r"line 2: label '٣' is not an integer"),
+        ("a.jpg 0\nb.jpg " + "1" * 5000, r"line 2: label '1{20}' is not an integer"),
         ("a.jpg 0\nb.jpg 3\n", r"line 2: label '3' is not an integer in 0\.\.2"),
         ("a.jpg 1\nb.jpg 1\n", r"has no image of 2 of its 3 classes \(0, 2\)"),
         ("", "is empty"),

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import Images
 from .config import RunConfig
 from .data import Dataset
 from .evaluate import predict
+from .lists import ListDataset
 from .losses import check_counts
-from .train import Batches, Options, Trained, autocast
+from .train import Options, Trained, autocast, batches_of, plain_images
 
 TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit adjustment: 0, 0.1, ..., 2
 
@@ -94,7 +94,7 @@ def best_temperature(logits: Tensor, targets: Tensor) -> float:
 
 
 def adjust(
-    configs: Sequence[RunConfig], stage1: tuple[nn.Module, nn.Linear], data: Dataset, options: Options
+    configs: Sequence[RunConfig], stage1: tuple[nn.Module, nn.Linear], data: Dataset | ListDataset, options: Options
 ) -> Trained:
     """Apply the rules of several runs that share Stage-1 and batch norm's statistics.
 
@@ -115,18 +115,19 @@ def adjust(
     if first.stage2.shift_epochs:
         shift_statistics(first, network, train, options)
 
-    def features_of(images: Tensor) -> Tensor:
-        resident = Images(images, data.spec.mean, data.spec.std, padding=0, device=device)
-        return predict(network, [nn.Identity()], resident)[0]
+    def features_of(which: Tensor) -> Tensor:
+        return predict(network, [nn.Identity()], plain_images(data, options, which))[0]
 
+    kept = torch.ones(len(data.train_targets), dtype=torch.bool)
     if held is not None:
-        held_features, held_targets = features_of(data.train_images[held]), data.train_targets[held]
+        held_features, held_targets = features_of(held), data.train_targets[held]
+        kept[held] = False
     heads, histories = [], []
     with torch.no_grad():
         for config in configs:
             rule, value = config.stage2.rule, config.stage2.value
             if rule == "ncm":
-                head = nearest_class_mean(features_of(train.train_images), train.train_targets, data.num_classes)
+                head = nearest_class_mean(features_of(kept.nonzero()[:, 0]), train.train_targets, data.num_classes)
             elif rule == "temperature":
                 if value is None:
                     with torch.enable_grad():
@@ -146,11 +147,11 @@ def adjust(
     return Trained(network, heads, histories, time.monotonic() - started)
 
 
-def shift_statistics(config: RunConfig, network: nn.Module, data: Dataset, options: Options) -> None:
+def shift_statistics(config: RunConfig, network: nn.Module, data: Dataset | ListDataset, options: Options) -> None:
     """Move batch norm's running statistics over class-balanced batches; weights stay (paper, section 3.3)."""
     device = options.torch_device()
     plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
-    batches = Batches(data, plain, "shift", config.seed, device)
+    batches = batches_of(data, plain, "shift", config.seed, options)
     network.train()
     with torch.no_grad(), autocast(config, device):
         for epoch in range(config.stage2.shift_epochs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,11 +59,12 @@ class Images:
         crops = self.padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
         return (crops * self.scale + self.shift).permute(0, 3, 1, 2)
 
-    def plain(self, start: int, stop: int) -> Tensor:
-        """Images ``start .. stop - 1`` as they are, normalised: float32 ``(B, 3, H, W)``."""
+    def plain(self, batch_size: int = 500) -> Iterator[Tensor]:
+        """All images in order as they are, normalised: batches of float32 ``(B, 3, H, W)``."""
         p = self.padding
-        crops = self.padded[start:stop, p : p + self.size, p : p + self.size]
-        return (crops * self.scale + self.shift).permute(0, 3, 1, 2)
+        for padded in self.padded.split(batch_size):
+            crops = padded[:, p : p + self.size, p : p + self.size]
+            yield (crops * self.scale + self.shift).permute(0, 3, 1, 2)
 
 
 def mixup(images: Tensor, lam: float, partner: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .config import Adjustment, RunConfig
-from .data import SPECS, long_tailed_counts, write_atomically
+from .data import spec_of, training_images, write_atomically
 from .errors import MislasError, RecordError
 from .methods import configure
 from .runs import Record, Store, plan, read_record, run
@@ -114,13 +114,12 @@ def _epochs(config: RunConfig) -> int:
 
 
 def _images(config: RunConfig) -> int:
-    spec = SPECS[config.dataset]
-    return sum(long_tailed_counts(spec.train_per_class, config.imbalance, spec.num_classes))
+    return training_images(config.dataset, config.imbalance)
 
 
 def _kind(config: RunConfig) -> tuple:
     branches = config.stage2 is None and config.stage1.second_sampler is not None
-    return type(config.stage2).__name__, branches, config.backbone, config.precision, SPECS[config.dataset].size
+    return type(config.stage2).__name__, branches, config.backbone, config.precision, spec_of(config.dataset).size
 
 
 def images_per_second(store: Store) -> dict[str, Rates]:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .augment import Images
 from .campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
-from .config import field_names, locate
+from .config import field_names, takes_text
 from .data import SPECS, load
 from .errors import MislasError, RecordError, unknown
 from .evaluate import BINS, predict, summarise
@@ -21,12 +20,14 @@ from .lists import LISTS, check, load_lists
 from .methods import METHODS, configure
 from .runs import Record, Store, device_name, run
 from .study import default_results_root
-from .train import Options
+from .train import Options, plain_images
 
 EXAMPLES = """\
 examples:
   mislas train --dataset digits --method ce mislas --imbalance 10        (seconds, no data needed)
   mislas train --dataset cifar10 --method mislas --data-root data --download
+  mislas train --dataset generated --method ce mislas    (JPEG files and lists, written here; no data needed)
+  mislas train --dataset imagenet-lt --method mislas --data-root data
   mislas train --dataset cifar10-jpeg --method ce mixup mislas --imbalance 100 50 10 --seed 0 1 2 --data-root data
   mislas list
   mislas show 6b5417f459cc
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(_wrap(field_names())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join(SPECS)}")
+    train.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join([*SPECS, *LISTS])}")
     train.add_argument(
         "--method", required=True, nargs="+", metavar="NAME", help=f"one or more of: {', '.join(METHODS)}"
     )
@@ -84,12 +85,18 @@ def _parser() -> argparse.ArgumentParser:
         "--imbalance",
         type=float,
         nargs="+",
-        default=[100],
+        default=[None],
         metavar="IF",
-        help="imbalance factors >= 1; 1 is balanced (default: 100)",
+        help="imbalance factors >= 1; 1 is balanced (default: 100). Datasets of list files have their own",
     )
     train.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
-    train.add_argument("--data-root", metavar="DIR", help="folder with the images; digits needs none")
+    train.add_argument("--data-root", metavar="DIR", help="folder with the images; digits and generated need none")
+    train.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that decode image files; 0 decodes in this one (default: one per processor)",
+    )
     train.add_argument("--download", action="store_true", help="fetch CIFAR-10/100 into --data-root if missing")
     train.add_argument(
         "--set",
@@ -220,11 +227,12 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals:
             raise MislasError(f"--set takes FIELD=VALUE, got {pair!r}")
-        locate(key)
         try:
-            overrides[key] = json.loads(text)
+            value = json.loads(text)
         except json.JSONDecodeError:
-            overrides[key] = text
+            value = text
+        digits = isinstance(value, int | float) and takes_text(key)  # a checksum may look like a number
+        overrides[key] = text if digits else value
     return overrides
 
 
@@ -238,7 +246,15 @@ def _train(arguments: argparse.Namespace) -> None:
     ]
     if arguments.eval_every < 1:
         raise MislasError(f"--eval-every must be at least 1, got {arguments.eval_every}")
-    options = Options(arguments.device, arguments.compile, arguments.eval_every, progress=not arguments.quiet)
+    if arguments.workers is not None and arguments.workers < 0:
+        raise MislasError(f"--workers must be at least 0, got {arguments.workers}")
+    options = Options(
+        arguments.device,
+        arguments.compile,
+        arguments.eval_every,
+        progress=not arguments.quiet,
+        workers=arguments.workers,
+    )
     _print_runs(run(configs, _store(arguments), arguments.data_root, options, arguments.download))
 
 
@@ -289,7 +305,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     print(f"{record.config.method} on {record.config.dataset} IF={record.config.imbalance:g} seed {record.config.seed}")
     if record.config.stage2 is not None and arguments.data_root is not None:
         raise RecordError("only Stage-1 models are stored as weights; leave out --data-root to use stored predictions")
-    if record.config.stage2 is not None or (arguments.data_root is None and record.config.dataset != "digits"):
+    bundled = record.config.dataset in ("digits", "generated")
+    if record.config.stage2 is not None or (arguments.data_root is None and not bundled):
         predictions = record.predictions()
     else:
         data = load(record.config.dataset, arguments.data_root, record.config.imbalance)
@@ -297,10 +314,10 @@ def _eval(arguments: argparse.Namespace) -> None:
             raise RecordError(
                 f"these images differ from the run's: {data.checksum}, not {record.provenance['data_checksum']}"
             )
-        device = Options(arguments.device).torch_device()
+        options = Options(arguments.device)
+        device = options.torch_device()
         network, head = store.get_weights(record.config, data.num_classes)
-        images = Images(data.test_images, data.spec.mean, data.spec.std, padding=0, device=device)
-        (logits,) = predict(network.to(device), [head.to(device)], images)
+        (logits,) = predict(network.to(device), [head.to(device)], plain_images(data, options))
         metrics, predictions = summarise(logits, data.test_targets, data.groups)
         print(f"from weights: accuracy {metrics['accuracy']:.4f}, recorded {record.metrics['accuracy']:.4f}")
     bins = predictions.reliability(arguments.bins)
@@ -339,6 +356,10 @@ def _list(arguments: argparse.Namespace) -> None:
     if arguments.what == "datasets":
         for name, spec in SPECS.items():
             print(f"{name:16}  {spec.num_classes:4d} classes, {spec.size}x{spec.size} pixels; {spec.title}")
+        for name, spec in LISTS.items():
+            print(
+                f"{name:16}  {spec.num_classes:4d} classes, {spec.size}x{spec.size} crops; {spec.title}, by list files"
+            )
         return
     store = _store(arguments)
     _print_runs(list(store))

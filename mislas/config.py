@@ -6,13 +6,14 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .data import dataset_name
+from .data import LISTS, dataset_name, spec_of
 from .errors import MislasError, unknown
 from .losses import LOSSES, check_smoothing
-from .models import check_backbone
+from .models import STAGES, check_backbone
 from .samplers import SAMPLERS
 
 #: Steps of a schedule: shares of the epochs after which the rate is multiplied, and by what; None is cosine, to 0.
@@ -50,6 +51,9 @@ class Stage1:
         deferred_sampler: the sampler from then on.
         second_sampler: sampler of a second branch of the network (BBN); None is one branch.
         holdout: share of each class's images kept out of training, to choose tau or a temperature on; in (0, 0.5].
+        weights: the backbone starts from a file of pretrained weights and only its last block trains
+            (:func:`mislas.models.freeze_but_last_block`); None starts from random weights. The file is named by the
+            first 8 hex digits of its SHA-256, as in torchvision's file names, since its place decides no number.
     """
 
     epochs: int
@@ -74,6 +78,7 @@ class Stage1:
     deferred_sampler: str | None = None
     second_sampler: str | None = None
     holdout: float | None = None
+    weights: str | None = None
 
     def deferred(self, epoch: int) -> bool:
         """Whether what is deferred is still to come in an epoch (from 0)."""
@@ -144,7 +149,7 @@ class RunConfig:
 
     Attributes:
         dataset: canonical dataset name.
-        imbalance: imbalance factor, >= 1.
+        imbalance: imbalance factor, >= 1; of a dataset of list files, that of its training list.
         backbone: see :func:`mislas.models.backbone`.
         seed: of initialisation, order, crops, mixup: 0 or more.
         precision: ``"bf16"`` (autocast, float32 master weights) or ``"fp32"``; evaluation is always float32.
@@ -167,6 +172,11 @@ class RunConfig:
         object.__setattr__(self, "imbalance", float(self.imbalance))
         if not 1 <= self.imbalance < math.inf:
             raise MislasError(f"imbalance factor must be >= 1 (1 is balanced) and finite, got {self.imbalance:g}")
+        if self.dataset in LISTS and self.imbalance != spec_of(self.dataset).imbalance:
+            raise MislasError(
+                f"the imbalance factor of {self.dataset} is {spec_of(self.dataset).imbalance:g}, a fact about its "
+                f"training list and no parameter; got {self.imbalance:g}, leave it out"
+            )
         check_backbone(self.backbone)
         if not (isinstance(self.seed, int) and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
@@ -174,6 +184,9 @@ class RunConfig:
             unknown("precision", self.precision, PRECISIONS)
         _check_stage("stage1", self.stage1)
         _check_stage1(self.stage1)
+        if self.stage1.weights is not None and int(self.backbone.removeprefix("resnet")) not in STAGES:
+            names = ", ".join(f"resnet{depth}" for depth in STAGES)
+            raise MislasError(f"stage1.weights needs one of torchvision's backbones ({names}), got {self.backbone!r}")
         if isinstance(self.stage2, Adjustment):
             _check_adjustment(self.stage2, self.stage1)
         elif self.stage2 is not None:
@@ -271,6 +284,12 @@ def locate(key: str) -> tuple[str | None, str]:
     unknown("field", key, field_names())
 
 
+def takes_text(key: str) -> bool:
+    """Whether the field that a key names takes text."""
+    where, field = locate(key)
+    return str(_TYPES[where][field]).startswith("str")
+
+
 def check_type(key: str, value: Any, where: str | None, field: str) -> Any:
     """Return ``value`` as the field's type, or say what the field takes."""
     annotation = str(_TYPES[where][field])
@@ -359,6 +378,10 @@ def _check_stage1(stage: Stage1) -> None:
         raise MislasError("stage1.defer needs beta or deferred_sampler to defer, and deferred_sampler needs defer")
     if stage.second_sampler is not None and stage.mixup is not None:
         raise MislasError("two branches mix features in place of images: stage1.mixup must be null")
+    if stage.weights is not None and not re.fullmatch("[0-9a-f]{8}", stage.weights):
+        raise MislasError(
+            f"stage1.weights is the first 8 hex digits of the SHA-256 of a file of weights, got {stage.weights!r}"
+        )
     if stage.holdout is not None and not 0 < stage.holdout <= 0.5:
         raise MislasError(f"stage1.holdout is a share of each class, above 0 and at most 0.5, got {stage.holdout!r}")
 

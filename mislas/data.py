@@ -1,11 +1,12 @@
-"""Long-tailed datasets that fit in memory: images as uint8 tensors, targets, class counts, groups.
+"""Long-tailed datasets by name; those that fit in memory: images as uint8 tensors, targets, class counts, groups.
 
     data = load("cifar10-jpeg", data_root="data", imbalance=100)
     data.train_images      # (12406, 32, 32, 3) uint8
     data.class_counts      # (5000, 2997, 1796, ...)
     data.groups            # {"many": [...], "medium": [...], "few": [...]}
 
-Nothing here knows of methods or runs. Files are found through an explicit ``data_root``; ``digits`` needs none.
+Nothing here knows of methods or runs. Files are found through an explicit ``data_root``; ``digits`` needs none. The
+datasets that do not fit in memory, :data:`LISTS`, are read by :mod:`mislas.lists`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import io
 import os
 import tarfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import DataError, MislasError, unknown
+
+if TYPE_CHECKING:
+    from .lists import ListDataset
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the authors', on both CIFARs
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -60,12 +65,86 @@ SPECS: dict[str, Spec] = {
 }
 
 
+@dataclass(frozen=True)
+class ListSpec:
+    """What is expected of a dataset, and how its images are prepared.
+
+    Attributes:
+        title: as the paper writes it.
+        num_classes: K.
+        train, test: lines of its two lists.
+        smallest, largest: training images of the smallest and the largest class.
+        train_list, test_list: file names, with or without ``.xz``.
+        mean, std: per-channel statistics of pixel values in 0..1 (Kang et al., 2020).
+        jitter: strength of brightness, contrast and saturation jitter in training; 0 is none (Kang et al., 2020).
+        size: side of the training and test crops, in pixels. The shorter side is resized to ``size * 8 / 7`` for tests.
+        note: what a reader should know.
+    """
+
+    title: str
+    num_classes: int
+    train: int
+    test: int
+    smallest: int
+    largest: int
+    train_list: str
+    test_list: str
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    jitter: float = 0.4
+    size: int = 224
+    note: str = ""
+
+    @property
+    def imbalance(self) -> float:
+        """N_max / N_min: a fact about the list, where it is a parameter of the datasets in :data:`SPECS`."""
+        return self.largest / self.smallest
+
+
+#: ImageNet-LT and Places-LT are those of Liu et al. (2019), iNaturalist 2018 that of Van Horn et al. (2018).
+#: ``generated`` is what :func:`mislas.lists.generate` writes: for tests, and to try things without any download.
+LISTS: dict[str, ListSpec] = {
+    "imagenet-lt": ListSpec(
+        "ImageNet-LT", 1000, 115_846, 50_000, 5, 1280, "ImageNet_LT_train.txt", "ImageNet_LT_test.txt"
+    ),
+    "places-lt": ListSpec(
+        "Places-LT", 365, 62_500, 36_500, 5, 4980, "Places_LT_train.txt", "Places_LT_test.txt",
+        note="the paper says 184.5K images; the public training list has 62,500, with the paper's class sizes",
+    ),
+    "inaturalist18": ListSpec(
+        "iNaturalist 2018", 8142, 437_513, 24_426, 2, 1000, "iNaturalist18_train.txt", "iNaturalist18_val.txt",
+        (0.466, 0.471, 0.380), (0.195, 0.194, 0.192), jitter=0.0,
+    ),
+    "generated": ListSpec(
+        "generated gratings", 6, 256, 30, 6, 120, "generated_train.txt", "generated_test.txt", size=32
+    ),
+}  # fmt: skip
+
+
 def dataset_name(name: str) -> str:
-    """The canonical name of a dataset: ``digits-lt`` and ``digits`` are one (the imbalance factor is a parameter)."""
-    short = name.lower().removesuffix("-lt") if isinstance(name, str) else name
-    if short not in SPECS:
-        unknown("dataset", name, SPECS)
+    """The canonical name of a dataset: a key of :data:`SPECS` or :data:`LISTS`.
+
+    ``digits-lt`` and ``digits`` are one, since the imbalance factor is a parameter; ``places-lt`` is a name.
+    """
+    short = name.lower() if isinstance(name, str) else name
+    if isinstance(name, str) and short not in LISTS:
+        short = short.removesuffix("-lt")
+    if short not in SPECS and short not in LISTS:
+        unknown("dataset", name, [*SPECS, *LISTS])
     return short
+
+
+def spec_of(name: str) -> Spec | ListSpec:
+    """What is fixed about a dataset, in memory or not, by its canonical name."""
+    return SPECS[name] if name in SPECS else LISTS[name]
+
+
+def training_images(name: str, imbalance: float) -> int:
+    """How many training images a dataset has, before any file is read."""
+    spec = spec_of(name)
+    if isinstance(spec, ListSpec):
+        return spec.train
+    return sum(long_tailed_counts(spec.train_per_class, imbalance, spec.num_classes))
 
 
 @dataclass(frozen=True)
@@ -113,14 +192,7 @@ class Dataset:
         Raises:
             DataError: a class would be left without an image.
         """
-        out = torch.zeros(len(self.train_targets), dtype=torch.bool)
-        for k, count in enumerate(self.class_counts):
-            taken = max(1, round(share * count))
-            if taken >= count:
-                raise DataError(
-                    f"class {k} has {count} image(s), too few to hold any out; use a smaller imbalance factor"
-                )
-            out[(self.train_targets == k).nonzero()[-taken:, 0]] = True
+        out = in_last_place(self.train_targets, self.class_counts, share)
         kept = dataclasses.replace(self, train_images=self.train_images[~out], train_targets=self.train_targets[~out])
         return kept, out.nonzero()[:, 0]
 
@@ -131,6 +203,23 @@ class Dataset:
         for tensor in (self.train_images, self.train_targets, self.test_images, self.test_targets):
             digest.update(np.ascontiguousarray(tensor.numpy()).data)
         return digest.hexdigest()[:16]
+
+
+def in_last_place(targets: Tensor, class_counts: Sequence[int], share: float) -> Tensor:
+    """Which images to hold out: of every class the last ``max(1, round(share * N_k))``; bool ``(N,)``.
+
+    Raises:
+        DataError: a class would be left without an image.
+    """
+    out = torch.zeros(len(targets), dtype=torch.bool)
+    order, start = targets.argsort(stable=True), 0
+    for k, count in enumerate(class_counts):
+        taken = max(1, round(share * count))
+        if taken >= count:
+            raise DataError(f"class {k} has {count} image(s), too few to hold any out; use a smaller imbalance factor")
+        out[order[start + count - taken : start + count]] = True
+        start += count
+    return out
 
 
 # ---------------------------------------------------------------------------------------------- the long-tailed cut
@@ -188,15 +277,15 @@ def groups(class_counts: tuple[int, ...] | list[int]) -> dict[str, list[int]]:
 
 def load(
     name: str, data_root: str | os.PathLike | None = None, imbalance: float = 100, *, download: bool = False
-) -> Dataset:
+) -> Dataset | ListDataset:
     """Read a dataset and cut its training set long-tailed.
 
     Args:
-        name: a key of :data:`SPECS`; a suffix ``-lt`` is accepted.
-        data_root: folder with the files. ``cifar10``: torchvision's ``cifar-10-batches-py``. The others: an image
-            tree ``NAME/train/<class>/*`` and ``NAME/test/<class>/*``, as a folder or as ``NAME.tar[.xz|.gz]``.
-            ``digits`` needs none.
-        imbalance: IF = N_max / N_min >= 1; 1 keeps everything.
+        name: a key of :data:`SPECS`, where a suffix ``-lt`` is accepted, or of :data:`LISTS`.
+        data_root: folder with the files. ``cifar10``: torchvision's ``cifar-10-batches-py``. Others of :data:`SPECS`:
+            an image tree ``NAME/train/<class>/*`` and ``NAME/test/<class>/*``, a folder or ``NAME.tar[.xz|.gz]``.
+            Those of :data:`LISTS`: see :func:`mislas.lists.load_from`. ``digits`` and ``generated`` need none.
+        imbalance: IF = N_max / N_min >= 1; 1 keeps everything. Lists are long-tailed as they are: no parameter there.
         download: fetch CIFAR-10/100 into ``data_root`` if missing; torchvision verifies the checksum.
 
     Raises:
@@ -204,6 +293,10 @@ def load(
         MislasError: unknown name, or IF < 1.
     """
     name = dataset_name(name)
+    if name in LISTS:
+        from .lists import load_from  # here: it imports this module
+
+        return load_from(name, data_root)
     spec = SPECS[name]
     if spec.files == "bundled":
         splits = _digits()
@@ -229,6 +322,8 @@ def load(
 def available(name: str, data_root: str | os.PathLike) -> bool:
     """Whether the files of a dataset are under ``data_root``; they are not opened."""
     name = dataset_name(name)
+    if name in LISTS:
+        return name == "generated" or (Path(data_root) / name).is_dir()
     if SPECS[name].files == "tree":
         try:
             return bool(_find_place(name, Path(data_root)))
@@ -275,7 +370,7 @@ def _torchvision(name: str, data_root: str, download: bool) -> Splits:
 def _tree(name: str, data_root: str) -> Splits:
     """An image tree, decoded once and kept as plain arrays in the cache folder."""
     source, members, identity = _find_tree(name, Path(data_root))
-    cached = _cache_dir() / f"{name}-{identity}.npz"
+    cached = cache_dir() / f"{name}-{identity}.npz"
     arrays = None
     if cached.exists():
         try:
@@ -296,7 +391,7 @@ def _tree(name: str, data_root: str) -> Splits:
     )
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     base = os.environ.get("MISLAS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mislas"
     return Path(base)
 

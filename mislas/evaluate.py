@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,19 +14,23 @@ from torch import Tensor, nn
 from .augment import Images
 from .errors import MislasError
 
+if TYPE_CHECKING:
+    from .pipeline import ImageBatches
+
 BINS = 15  # the paper's, everywhere
+CELLS = 2**22  # probabilities held in float64 at once: all of iNaturalist 2018's would take gigabytes
 
 
 @torch.no_grad()
-def predict(network: nn.Module, heads: Sequence[nn.Module], images: Images, batch_size: int = 500) -> list[Tensor]:
+def predict(network: nn.Module, heads: Sequence[nn.Module], images: Images | ImageBatches) -> list[Tensor]:
     """Logits of every head on plain images, one pass through the backbone, float32: ``(N, K)`` per head, on the CPU."""
     network.eval()
     outputs: list[list[Tensor]] = [[] for _ in heads]
-    for start in range(0, len(images), batch_size):
-        features = network(images.plain(start, min(start + batch_size, len(images))))
+    for batch in images.plain():
+        features = network(batch)
         for output, head in zip(outputs, heads, strict=True):
-            output.append(head(features))
-    return [torch.cat(output).float().cpu() for output in outputs]
+            output.append(head(features).float().cpu())
+    return [torch.cat(output) for output in outputs]
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,12 @@ def bin_of(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 def classwise_ece(probabilities: np.ndarray, targets: np.ndarray, n_bins: int = BINS) -> float:
     """Mean over classes of the ECE of "is it class k?", 0..1 (Kull et al., 2019; Nixon et al., 2019)."""
-    classes = range(probabilities.shape[1])
-    return float(np.mean([reliability(probabilities[:, k], targets == k, n_bins).ece for k in classes]))
+    return float(np.mean(_class_eces(probabilities, targets, range(probabilities.shape[1]), n_bins)))
+
+
+def _class_eces(probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[int], n_bins: int) -> list[float]:
+    """The ECE of "is it class k?" for each of ``classes``, whose probabilities are the columns."""
+    return [reliability(p, targets == k, n_bins).ece for p, k in zip(probabilities.T, classes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,17 @@ class Predictions:
         return reliability(self.confidence, self.correct, n_bins)
 
 
+def _look(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Of some images, in float64: class and probability of the prediction, probability of the true class and its
+    logarithm, sum of squared probabilities, and the logarithm of the softmax's denominator. Each ``(n,)``."""
+    logits = logits.double()
+    log_p = F.log_softmax(logits, dim=1)
+    p = log_p.exp()
+    largest, predicted = p.max(dim=1)
+    log_own = log_p.gather(1, targets[:, None])[:, 0]
+    return predicted, largest, log_own.exp(), log_own, p.square().sum(dim=1), logits.logsumexp(dim=1)
+
+
 def summarise(
     logits: Tensor, targets: Tensor, groups: dict[str, list[int]]
 ) -> tuple[dict[str, float | None], Predictions]:
@@ -138,11 +158,18 @@ def summarise(
     """
     if logits.ndim != 2 or len(logits) != len(targets):
         raise MislasError(f"logits must be (N, K) with N targets, got {tuple(logits.shape)} and {tuple(targets.shape)}")
-    log_p = F.log_softmax(logits.double(), dim=1)
-    p = log_p.exp().numpy()
     y = targets.numpy()
-    own = p[np.arange(len(y)), y]
-    predictions = Predictions(y, p.argmax(axis=1), p.max(axis=1), own)
+    parts = [
+        _look(*part)
+        for part in zip(*(t.split(max(1, CELLS // logits.shape[1])) for t in (logits, targets)), strict=True)
+    ]
+    predicted, largest, own, log_own, squares, normaliser = map(torch.cat, zip(*parts, strict=True))
+    predictions = Predictions(y, predicted.numpy(), largest.numpy(), own.numpy())
+    classwise: list[float] = []
+    width = max(1, CELLS // max(1, len(logits)))
+    for first in range(0, logits.shape[1], width):  # by columns, since a class's bins are over all images
+        p = (logits[:, first : first + width].double() - normaliser[:, None]).exp().numpy()
+        classwise += _class_eces(p, y, range(first, first + p.shape[1]), BINS)
     correct, confidence = predictions.correct, predictions.confidence
     bins = predictions.reliability()
     measures: dict[str, float | None] = {
@@ -151,9 +178,9 @@ def summarise(
         "ece": bins.ece,
         "mce": bins.mce,
         "adaptive_ece": reliability(confidence, correct, adaptive=True).ece,
-        "classwise_ece": classwise_ece(p, y),
-        "nll": float(F.nll_loss(log_p, targets)),
-        "brier": float(((p**2).sum(axis=1) - 2 * own + 1).mean()),
+        "classwise_ece": float(np.mean(classwise)),
+        "nll": -float(log_own.mean()),
+        "brier": float((squares - 2 * own + 1).mean()),
     }
     for name, classes in groups.items():
         inside = np.isin(y, classes)

@@ -11,14 +11,16 @@ is fetched. The images of a batch are read by :mod:`mislas.pipeline`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import lzma
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,70 +31,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import IMAGENET_MEAN, IMAGENET_STD, SPECS, groups, load, long_tailed_counts
+from .data import LISTS, SPECS, ListSpec, cache_dir, groups, in_last_place, load, long_tailed_counts
 from .errors import DataError, MislasError, unknown
-
-
-@dataclass(frozen=True)
-class ListSpec:
-    """What is expected of a dataset, and how its images are prepared.
-
-    Attributes:
-        title: as the paper writes it.
-        num_classes: K.
-        train, test: lines of its two lists.
-        smallest, largest: training images of the smallest and the largest class.
-        train_list, test_list: file names, with or without ``.xz``.
-        mean, std: per-channel statistics of pixel values in 0..1 (Kang et al., 2020).
-        jitter: strength of brightness, contrast and saturation jitter in training; 0 is none (Kang et al., 2020).
-        size: side of the training and test crops, in pixels. The shorter side is resized to ``size * 8 / 7`` for tests.
-        note: what a reader should know.
-    """
-
-    title: str
-    num_classes: int
-    train: int
-    test: int
-    smallest: int
-    largest: int
-    train_list: str
-    test_list: str
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    jitter: float = 0.4
-    size: int = 224
-    note: str = ""
-
-
-#: ImageNet-LT and Places-LT are those of Liu et al. (2019), iNaturalist 2018 that of Van Horn et al. (2018).
-#: ``generated`` is what :func:`generate` writes: for tests, and to try things without any download.
-LISTS: dict[str, ListSpec] = {
-    "imagenet-lt": ListSpec(
-        "ImageNet-LT", 1000, 115_846, 50_000, 5, 1280, "ImageNet_LT_train.txt", "ImageNet_LT_test.txt"
-    ),
-    "places-lt": ListSpec(
-        "Places-LT", 365, 62_500, 36_500, 5, 4980, "Places_LT_train.txt", "Places_LT_test.txt",
-        note="the paper says 184.5K images; the public training list has 62,500, with the paper's class sizes",
-    ),
-    "inaturalist18": ListSpec(
-        "iNaturalist 2018", 8142, 437_513, 24_426, 2, 1000, "iNaturalist18_train.txt", "iNaturalist18_val.txt",
-        (0.466, 0.471, 0.380), (0.195, 0.194, 0.192), jitter=0.0,
-    ),
-    "generated": ListSpec(
-        "generated gratings", 6, 256, 30, 6, 120, "generated_train.txt", "generated_test.txt", size=32
-    ),
-}  # fmt: skip
-
 
 #: A file in an image root that says how its images differ from the original ones.
 PREPARED = "PREPARED.txt"
-
-
-def list_name(name: str) -> str:
-    """The canonical name of a dataset of list files: a key of :data:`LISTS`."""
-    if str(name).lower() not in LISTS:
-        unknown("dataset of list files", name, LISTS)
-    return name.lower()
 
 
 @dataclass(frozen=True)
@@ -117,6 +60,11 @@ class ImageList:
     def file(self, i: int) -> Path:
         return self.root / self.paths[i]
 
+    def only(self, which: Tensor) -> ImageList:
+        """The images in ``which``: indices, or bool ``(N,)``; their order in the list is kept for bool."""
+        index = which.nonzero()[:, 0] if which.dtype == torch.bool else which
+        return replace(self, paths=tuple(self.paths[i] for i in index.tolist()), targets=self.targets[index])
+
     @cached_property
     def class_counts(self) -> tuple[int, ...]:
         """Images per class, in label order."""
@@ -139,7 +87,7 @@ class ListDataset:
     """A long-tailed training list and its balanced test list: what :class:`mislas.data.Dataset` is for small images.
 
     Attributes:
-        name: canonical name (a key of :data:`LISTS`).
+        name: canonical name (a key of :data:`mislas.data.LISTS`).
         train, test: the two lists.
     """
 
@@ -173,8 +121,13 @@ class ListDataset:
 
     @property
     def imbalance(self) -> float:
-        """N_max / N_min: a fact about the list, where it is a parameter for CIFAR."""
+        """N_max / N_min of the training list."""
         return max(self.class_counts) / min(self.class_counts)
+
+    def hold_out(self, share: float) -> tuple[ListDataset, Tensor]:
+        """As :meth:`mislas.data.Dataset.hold_out`; a class is in the order of its list."""
+        out = in_last_place(self.train_targets, self.class_counts, share)
+        return replace(self, train=self.train.only(~out)), out.nonzero()[:, 0]
 
     @property
     def prepared(self) -> str:
@@ -200,7 +153,9 @@ def load_lists(name: str, root: str | os.PathLike, lists: str | os.PathLike | No
         DataError: a list that is missing or wrong (see :func:`read_list`), or images that are missing.
         MislasError: unknown name.
     """
-    name = list_name(name)
+    name = str(name).lower()
+    if name not in LISTS:
+        unknown("dataset of list files", name, LISTS)
     spec, root = LISTS[name], Path(root)
     folder = root if lists is None else Path(lists)
     both = [read_list(folder / file, root, spec.num_classes) for file in (spec.train_list, spec.test_list)]
@@ -209,6 +164,49 @@ def load_lists(name: str, root: str | os.PathLike, lists: str | os.PathLike | No
         if missing:
             raise DataError(explain_missing(images, missing))
     return ListDataset(name, *both)
+
+
+def load_from(name: str, data_root: str | os.PathLike | None) -> ListDataset:
+    """A dataset in the one layout that training knows: images under ``data_root/NAME``, and the two list files in that
+    folder or in ``data_root/lists``.
+
+    ``generated`` is written to the cache folder if there is no ``data_root/generated``.
+
+    Raises:
+        DataError: no such folder, no list, or what :func:`load_lists` finds wrong.
+    """
+    spec = LISTS[name]
+    if name == "generated" and (data_root is None or not (Path(data_root) / name).is_dir()):
+        return load_lists(name, _generated())
+    layout = f"a folder {name}/ with the images (or a link to it), and in it or in lists/ {spec.train_list} and "
+    layout += f"{spec.test_list}, which may end in .xz"
+    if data_root is None:
+        raise DataError(f"dataset {name!r} needs data_root, a folder with {layout}; 'generated' needs none")
+    root = Path(data_root) / name
+    if not root.is_dir():
+        raise DataError(f"no images for {name!r} under {data_root}: expected {layout}")
+    for folder in (root, root.parent / "lists"):
+        if any((folder / f"{spec.train_list}{suffix}").exists() for suffix in ("", ".xz")):
+            return load_lists(name, root, folder)
+    raise DataError(f"no list {spec.train_list} under {data_root}: expected {layout}")
+
+
+def _generated() -> Path:
+    """Where ``generated`` is, written there first if it is not."""
+    root = cache_dir() / "generated-1"  # count up when generate() changes
+    if not root.is_dir():
+        try:
+            root.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=root.parent, prefix=".generated-") as folder:
+                generate(Path(folder) / "new")
+                with contextlib.suppress(OSError):  # another process was faster
+                    (Path(folder) / "new").rename(root)
+        except OSError as error:
+            raise DataError(
+                f"the generated images cannot be written to {root} ({error}); set MISLAS_CACHE to a folder that can be "
+                "written, or put generated/ into data_root"
+            ) from error
+    return root
 
 
 # --------------------------------------------------------------------------------------------------- reading a list

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .config import Adjustment, RunConfig, Stage1, Stage2
-from .data import dataset_name
+from .data import LISTS, dataset_name
 from .errors import unknown
 from .losses import LOSSES, Loss
 
@@ -34,6 +34,9 @@ _CIFAR2 = dict(epochs=10, batch_size=128, lr=0.1, weight_decay=2e-4)
 _CIFAR10 = Settings(_CIFAR1, _CIFAR2, delta_lr=0.5, eps_1=0.3, eps_k=0.0)
 _CIFAR100 = Settings(_CIFAR1, _CIFAR2, delta_lr=0.2, eps_1=0.4, eps_k=0.1)
 
+_LARGE1 = dict(batch_size=256, lr=0.1, schedule="cosine")
+_LARGE2 = dict(batch_size=256, lr=0.1)
+
 SETTINGS: dict[str, Settings] = {
     "cifar10": _CIFAR10,
     "cifar10-jpeg": _CIFAR10,
@@ -41,6 +44,24 @@ SETTINGS: dict[str, Settings] = {
     "cifar100-jpeg": _CIFAR100,
     "tinyimagenet32": _CIFAR100,  # the measured neighbour of CIFAR-100-LT: its settings, not the paper's dataset
     "tinyimagenet64": _CIFAR100,
+    # Kang et al. (2020): cosine, no warm-up. The recipe on Places-LT starts from torchvision's ResNet-152, version 1.
+    "imagenet-lt": Settings(
+        _LARGE1 | dict(weight_decay=5e-4, epochs=180), _LARGE2 | dict(weight_decay=5e-4, epochs=10),
+        delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet50",
+    ),
+    "places-lt": Settings(
+        _LARGE1 | dict(weight_decay=5e-4, epochs=90, weights="394f9c45"), _LARGE2 | dict(weight_decay=5e-4, epochs=10),
+        delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet152",
+    ),
+    "inaturalist18": Settings(
+        _LARGE1 | dict(weight_decay=1e-4, epochs=200), _LARGE2 | dict(weight_decay=1e-4, epochs=30),
+        delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet50",
+    ),
+    "generated": Settings(  # JPEG files and list files, small enough for tests; not from the paper
+        _LARGE1 | dict(weight_decay=5e-4, epochs=8, batch_size=32, lr=0.05),
+        _LARGE2 | dict(weight_decay=5e-4, epochs=3, batch_size=32),
+        delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet10", precision="fp32",
+    ),
     "digits": Settings(  # small enough for a laptop and for tests; not from the paper
         dict(epochs=20, batch_size=32, lr=0.1, weight_decay=2e-4, schedule="multistep", warmup=2),
         dict(epochs=5, batch_size=32, lr=0.1, weight_decay=2e-4),
@@ -50,7 +71,7 @@ SETTINGS: dict[str, Settings] = {
         backbone="resnet8",
         precision="fp32",
     ),
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -260,16 +281,16 @@ METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | AFTER_TRAINING | THE_PAP
 def configure(
     dataset: str,
     method: str,
-    imbalance: float = 100,
+    imbalance: float | None = None,
     seed: int = 0,
     overrides: dict[str, Any] | None = None,
 ) -> RunConfig:
     """The configuration of a row of a table: the dataset's settings (Table 5), the method's recipe, your overrides.
 
     Args:
-        dataset: a key of :data:`mislas.data.SPECS`.
+        dataset: a key of :data:`mislas.data.SPECS` or :data:`mislas.data.LISTS`.
         method: a key of :data:`METHODS`.
-        imbalance: imbalance factor, >= 1.
+        imbalance: imbalance factor, >= 1. None is 100, or that of the dataset's training list.
         seed: 0 or more.
         overrides: see :meth:`RunConfig.override`.
 
@@ -280,6 +301,8 @@ def configure(
     if method not in METHODS:
         unknown("method", method, METHODS)
     settings, recipe = SETTINGS[dataset], METHODS[method]
+    if imbalance is None:
+        imbalance = LISTS[dataset].imbalance if dataset in LISTS else 100
     ours = {
         "mixup": settings.mixup if recipe.mixup else None,
         "epochs": round(recipe.longer * settings.stage1["epochs"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
 from pathlib import Path
 
@@ -144,6 +146,32 @@ def load_backbone_weights(network: nn.Module, path: str | os.PathLike) -> list[s
     return left_out
 
 
+def find_weights(checksum: str, data_root: str | os.PathLike | None) -> Path:
+    """The file of pretrained weights under ``data_root/weights`` whose SHA-256 begins with ``checksum``.
+
+    Args:
+        checksum: 8 hex digits. torchvision's file names end in them: ``resnet152-394f9c45.pth``.
+        data_root: the folder with ``weights/``.
+
+    Raises:
+        RecordError: no file with the checksum in its name, or one that has another.
+    """
+    if data_root is None:
+        raise RecordError(f"pretrained weights {checksum} need data_root, a folder with weights/*-{checksum}.pth in it")
+    folder = Path(data_root) / "weights"
+    found = sorted(path for path in folder.glob(f"*-{checksum}.*") if path.suffix in (".pth", ".safetensors"))
+    if not found:
+        raise RecordError(
+            f"there is no {folder}/*-{checksum}.pth; put the file of pretrained weights there, named by the first 8 "
+            "hex digits of its SHA-256 (torchvision's names have them); nothing is fetched for you"
+        )
+    with found[0].open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    if not digest.startswith(checksum):
+        raise RecordError(f"{found[0]} has SHA-256 {digest[:8]}..., not {checksum}; fetch it again, or name it by that")
+    return found[0]
+
+
 def freeze_but_last_block(network: nn.Module) -> list[str]:
     """Freeze a pretrained ResNet but for its last residual block: the recipe for Places-LT (Liu et al., 2019; Kang et
     al., 2020; the authors' code, with ResNet-152 pretrained on ImageNet).
@@ -265,18 +293,21 @@ class CosineClassifier(nn.Module):
 
 
 class TwoBranches(nn.Module):
-    """A CIFAR ResNet whose last block is there twice: conventional and re-balancing branch (BBN, Zhou et al., 2020).
+    """A ResNet whose last block is there twice: conventional and re-balancing branch (BBN, Zhou et al., 2020).
 
     ``network(images)`` are the features for testing: both branches side by side, ``(B, 2 M)``. In training each branch
     sees its own images, ``network.branch(images, which)``, and the features are mixed by :func:`mix_branches`.
     """
 
-    def __init__(self, network: CifarResNet):
+    def __init__(self, network: nn.Module):
         super().__init__()
-        *shared, last = network.blocks
-        channels = last.conv2.out_channels
-        self.stem = nn.Sequential(network.conv, network.bn, nn.ReLU(), *shared)
-        self.branches = nn.ModuleList([last, BasicBlock(last.conv1.in_channels, channels, last.stride)])
+        if isinstance(network, CifarResNet):
+            *shared, last = network.conv, network.bn, nn.ReLU(), *network.blocks
+        else:
+            first = network.conv1, network.bn1, network.relu, network.maxpool
+            *shared, last = *first, network.layer1, network.layer2, network.layer3, *network.layer4
+        self.stem = nn.Sequential(*shared)
+        self.branches = nn.ModuleList([last, copy.deepcopy(last)])
         self.num_features = 2 * network.num_features
 
     def branch(self, images: Tensor, which: int) -> Tensor:
@@ -303,8 +334,6 @@ def stage1_model(
     """What Stage-1 trains: a backbone (see :func:`backbone`), and a linear or (with a scale) cosine classifier."""
     network = backbone(name)
     if two_branches:
-        if not isinstance(network, CifarResNet):
-            raise MislasError(f"two branches need a CIFAR ResNet (resnet8, resnet20, resnet32, ...), got {name!r}")
         network = TwoBranches(network)
     if scale is None:
         return network, nn.Linear(network.num_features, num_classes)

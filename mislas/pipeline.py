@@ -3,7 +3,7 @@
     data = load_lists("places-lt", root="places", lists="lists")
     batches = ImageBatches(data.train, data.spec, batch_size=256, device="cuda")
     for images, targets in batches.epoch(rng, "class_balanced"): ...
-    for images, targets in ImageBatches(data.test, data.spec, batch_size=256, device="cuda").plain(): ...
+    for images in ImageBatches(data.test, data.spec, batch_size=256, device="cuda").plain(): ...
 
 Worker processes do what differs from image to image: read, decode, cut out and resize to one size, as uint8. The device
 does the rest for a whole batch at once: mirror, jitter colours, normalise. All that is random is drawn from the
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
-from .data import write_atomically
+from .data import ListSpec, write_atomically
 from .errors import DataError, MislasError, unknown
-from .lists import PREPARED, ImageList, ListSpec, in_threads, read_image
+from .lists import PREPARED, ImageList, in_threads, read_image
 from .samplers import SAMPLERS
 
 #: In place of an image's seed: the test crop.
@@ -212,11 +212,10 @@ class ImageBatches:
                 jitter_(images, factor, turn)
             yield self._normalised(images), self.targets[shown]
 
-    def plain(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """All images in order, the test crop: the same kind of batches as :meth:`epoch`."""
-        index = np.arange(len(self))
-        for crops, part in self._decoded(index, np.full(len(self), PLAIN)):
-            yield self._normalised(crops.float().div_(255)), self.targets[part]
+    def plain(self) -> Iterator[Tensor]:
+        """All images in order, the test crop: images as those of :meth:`epoch`, without targets."""
+        for crops, _ in self._decoded(np.arange(len(self)), np.full(len(self), PLAIN)):
+            yield self._normalised(crops.float().div_(255))
 
     def _decoded(self, index: np.ndarray, seeds: np.ndarray) -> Iterator[tuple[Tensor, slice]]:
         parts = [slice(*piece) for piece in self.pieces]

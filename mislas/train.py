@@ -8,12 +8,13 @@ exactly as it would be alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,10 +25,21 @@ from .augment import Images, cutmix, mixup, remix_weight
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import Dataset, write_atomically
 from .errors import MislasError, RecordError
+from .lists import ListDataset
 from .losses import effective_number_weights, mean
 from .methods import loss_for
-from .models import GeneralisedClassifier, init_kaiming, mix_branches, stage1_model
+from .models import (
+    GeneralisedClassifier,
+    freeze_but_last_block,
+    init_kaiming,
+    load_backbone_weights,
+    mix_branches,
+    stage1_model,
+)
 from .samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from .pipeline import ImageBatches
 
 
 class OutOfTime(Exception):
@@ -44,6 +56,7 @@ class Options:
         eval_every: epochs between evaluations on the test set along the way; the last epoch is always evaluated.
         checkpoint_every: seconds between checkpoints.
         progress: whether to show a progress bar.
+        workers: processes that decode image files; 0 decodes in this one, None takes one per processor.
         deadline: a time of ``time.monotonic()`` before which training stops with :class:`OutOfTime`, checkpointed.
     """
 
@@ -52,6 +65,7 @@ class Options:
     eval_every: int = 10
     checkpoint_every: float = 30.0
     progress: bool = True
+    workers: int | None = None
     deadline: float | None = None
 
     def torch_device(self) -> torch.device:
@@ -147,6 +161,27 @@ class Batch:
     weight: float | Tensor = 1.0
 
 
+def mixed(
+    batch: Batch, stage: Stage1 | Stage2, lam: float, partner: Tensor, centres: np.random.Generator, counts: Tensor
+) -> Batch:
+    """A plain batch mixed with itself, by mixup or in the stage's other way.
+
+    Args:
+        lam: weight of the image itself, 0..1.
+        partner: whom each image is mixed with, ``(B,)``.
+        centres: what the centre of CutMix's box is drawn from.
+        counts: training images of each class, ``(K,)``.
+    """
+    mix, x, y, other = getattr(stage, "mix", None), batch.images, batch.targets, batch.targets[partner]
+    if mix == "cutmix":
+        x, weight = cutmix(x, lam, partner, tuple(centres.random(2)))
+    else:
+        x, weight = mixup(x, lam, partner), lam
+    if mix == "remix":
+        weight = remix_weight(lam, counts[y], counts[other], stage.remix_kappa, stage.remix_tau)
+    return Batch(x, y, other, weight)
+
+
 class Batches:
     """A training set on the device, and the epochs of one stage over it: the same for a seed on every device."""
 
@@ -165,18 +200,61 @@ class Batches:
             sampler or stage.sampler_in(epoch),
         )  # fmt: skip
         for drawn, lam, partner in draws:
-            x, y = self.images.batch(*drawn), self.targets[drawn[0]]
-            if partner is None:
-                yield Batch(x, y)
-                continue
-            mix, other = getattr(stage, "mix", None), y[partner]
-            if mix == "cutmix":
-                x, weight = cutmix(x, lam, partner, tuple(centres.random(2)))
-            else:
-                x, weight = mixup(x, lam, partner), lam
-            if mix == "remix":
-                weight = remix_weight(lam, self.counts[y], self.counts[other], stage.remix_kappa, stage.remix_tau)
-            yield Batch(x, y, other, weight)
+            batch = Batch(self.images.batch(*drawn), self.targets[drawn[0]])
+            yield batch if partner is None else mixed(batch, stage, lam, partner, centres, self.counts)
+
+
+class ListBatches:
+    """What :class:`Batches` is, for a dataset whose images are files."""
+
+    def __init__(
+        self, data: ListDataset, stage: Stage1 | Stage2, stage_name: str, seed: int, device: torch.device,
+        workers: int | None = None,
+    ):  # fmt: skip
+        from .pipeline import ImageBatches  # here: torchvision takes seconds to import
+
+        self.images = ImageBatches(data.train, data.spec, stage.batch_size, device=device, workers=workers)
+        self.counts = torch.tensor(data.class_counts, dtype=torch.float32, device=device)
+        self.stage, self.purpose, self.device = stage, (seed, stage_name), device
+
+    def epoch(self, epoch: int, sampler: str | None = None) -> Iterator[Batch]:
+        """The batches of an epoch (from 0), by the stage's sampler or another."""
+        stage, purpose = self.stage, (*self.purpose, epoch) if sampler is None else (*self.purpose, epoch, sampler)
+        plain = self.images.epoch(host_rng(*purpose), sampler or stage.sampler_in(epoch))
+        if stage.mixup is None:
+            yield from itertools.starmap(Batch, plain)
+            return
+        rng, centres = host_rng(*purpose, "mix"), host_rng(*purpose, "centres")
+        sizes = [stop - start for start, stop in self.images.pieces]
+        lams = rng.beta(stage.mixup, stage.mixup, size=len(sizes))
+        partners = torch.from_numpy(np.concatenate([rng.permutation(size) for size in sizes])).to(self.device)
+        for images, lam, partner in zip(plain, lams, partners.split(sizes), strict=True):
+            yield mixed(Batch(*images), stage, float(lam), partner, centres, self.counts)
+
+
+def batches_of(
+    data: Dataset | ListDataset, stage: Stage1 | Stage2, stage_name: str, seed: int, options: Options
+) -> Batches | ListBatches:
+    """The epochs of a stage over a dataset, on the device that the options say."""
+    if isinstance(data, ListDataset):
+        return ListBatches(data, stage, stage_name, seed, options.torch_device(), options.workers)
+    return Batches(data, stage, stage_name, seed, options.torch_device())
+
+
+def plain_images(data: Dataset | ListDataset, options: Options, which: Tensor | None = None) -> Images | ImageBatches:
+    """A dataset's images without augmentation, as :func:`mislas.evaluate.predict` takes them.
+
+    Args:
+        which: indices of training images; None is the test set.
+    """
+    device = options.torch_device()
+    if isinstance(data, ListDataset):
+        from .pipeline import ImageBatches  # here: torchvision takes seconds to import
+
+        images = data.test if which is None else data.train.only(which)
+        return ImageBatches(images, data.spec, min(256, len(images)), device=device, workers=options.workers)
+    images = data.test_images if which is None else data.train_images[which]
+    return Images(images, data.spec.mean, data.spec.std, padding=0, device=device)
 
 
 class Objective:
@@ -207,9 +285,17 @@ class Objective:
 
 
 def train_stage1(
-    config: RunConfig, data: Dataset, options: Options, checkpoint: Path | None = None, evaluate: Callable | None = None
+    config: RunConfig,
+    data: Dataset | ListDataset,
+    options: Options,
+    checkpoint: Path | None = None,
+    evaluate: Callable | None = None,
+    weights: Path | None = None,
 ) -> Trained:
     """Train backbone and classifier; resumes from ``checkpoint`` if it is there.
+
+    With ``weights``, a file that has the checksum of the configuration, the backbone starts from them and only its last
+    block trains, beside the classifier.
 
     The final weights are rounded to half precision, as they are stored: the model that is evaluated and built upon is
     the one in the file.
@@ -223,13 +309,15 @@ def train_stage1(
     generator = torch_rng(config.seed, "init")
     init_kaiming(network, generator)
     init_kaiming(head, generator)
+    if stage.weights is not None:
+        load_backbone_weights(network, weights)
+        freeze_but_last_block(network)
     network.to(device, memory_format=torch.channels_last)
     head.to(device)
-    groups = [{"params": [*network.parameters(), *head.parameters()], "lr": stage.lr}]
-    batches, objective = (
-        Batches(data, stage, "stage1", config.seed, device),
-        Objective(stage, data.class_counts, device),
-    )
+    learned = [p for p in (*network.parameters(), *head.parameters()) if p.requires_grad]
+    groups = [{"params": learned, "lr": stage.lr}]
+    batches = batches_of(data, stage, "stage1", config.seed, options)
+    objective = Objective(stage, data.class_counts, device)
     precision = autocast(config, device)
 
     def one_branch(epoch: int) -> Iterator[list[Tensor]]:
@@ -260,7 +348,7 @@ def train_stage1(
 def train_stage2(
     configs: Sequence[RunConfig],
     stage1: tuple[nn.Module, nn.Linear],
-    data: Dataset,
+    data: Dataset | ListDataset,
     options: Options,
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,
@@ -287,7 +375,7 @@ def train_stage2(
         heads.append(head.to(device))
         groups.append(head.parameter_groups(s.lr, s.delta_lr or 1.0))
         objectives.append(Objective(s, data.class_counts, device))
-    batches, precision = Batches(data, first.stage2, "stage2", first.seed, device), autocast(first, device)
+    batches, precision = batches_of(data, first.stage2, "stage2", first.seed, options), autocast(first, device)
     forward = torch.compile(network, dynamic=False) if options.compile else network
 
     def on_frozen_features(epoch: int) -> Iterator[list[Tensor]]:

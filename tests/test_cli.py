@@ -77,13 +77,14 @@ def test_an_unknown_run_says_what_there_is(store, tmp_path, capsys):
 
 
 def test_values_of_set_are_json_or_text():
-    pairs = ["epochs=20", "stage2.eps_1=0.4", "form=linear", "stage2.shift_bn=false", "mixup=null"]
+    pairs = ["epochs=20", "stage2.eps_1=0.4", "form=linear", "stage2.shift_bn=false", "mixup=null", "weights=1234e567"]
     assert parse_overrides(pairs) == {
         "epochs": 20,
         "stage2.eps_1": 0.4,
         "form": "linear",
         "stage2.shift_bn": False,
         "mixup": None,
+        "weights": "1234e567",
     }
 
 

@@ -71,6 +71,7 @@ ELSEWHERE = {
     "stage1.deferred_sampler": ("ldam+drs", {"deferred_sampler": "reverse"}),
     "stage1.second_sampler": ("ce", {"second_sampler": "class_balanced"}),
     "stage1.holdout": ("temperature", {"holdout": 0.2}),
+    "stage1.weights": ("ce", {"weights": "0123abcd", "backbone": "resnet50"}),
     "stage2.rule": ("temperature", {"rule": "tau_norm"}),
     "stage2.value": ("temperature", {"value": 1.5}),
     "stage2.shift_epochs": ("ncm", {"shift_epochs": 1}),

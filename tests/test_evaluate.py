@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
+from mislas import evaluate
 from mislas.augment import Images
 from mislas.errors import MislasError
 from mislas.evaluate import classwise_ece, predict, reliability, summarise
@@ -144,6 +147,16 @@ def test_a_predictor_that_knows_its_chances_has_no_error():
     assert measures["classwise_ece"] == pytest.approx(0, abs=1e-6)
 
 
+def test_measures_do_not_depend_on_how_much_is_held_at_once(monkeypatch):
+    logits, targets = sample(0)
+    whole, predictions = summarise(logits, targets, GROUPS)
+    monkeypatch.setattr(evaluate, "CELLS", 2100)  # 420 images or 2 classes at a time
+    parts, same = summarise(logits, targets, GROUPS)
+    assert parts == pytest.approx(whole, abs=1e-12)
+    for name in ("predicted", "confidence", "true_probability"):
+        np.testing.assert_allclose(getattr(same, name), getattr(predictions, name), rtol=1e-12)
+
+
 def test_an_empty_group_has_no_measures():
     logits, targets = sample(0)
     measures, _ = summarise(logits, targets, {"many": [0, 1, 2, 3, 4], "medium": [], "few": []})
@@ -192,7 +205,7 @@ def test_predict_gives_the_logits_of_every_head_in_float32_and_evaluation_mode()
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
     heads = [nn.Linear(6, 3), nn.Linear(6, 2)]
     images = Images(raw, (0.5,) * 3, (0.25,) * 3, padding=1)
-    got = predict(network, heads, images, batch_size=3)
+    got = predict(network, heads, SimpleNamespace(plain=lambda: images.plain(3)))
     x = (raw.permute(0, 3, 1, 2).flatten(1) / 255 - 0.5) / 0.25
     features = network[1](x) / np.sqrt(1 + 1e-5)  # batch norm as it starts
     for logits, head in zip(got, heads, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mislas.data import SPECS
+from mislas.data import LISTS, SPECS
 from mislas.errors import MislasError
 from mislas.losses import cross_entropy
 from mislas.methods import METHODS, ONE_STAGE, configure, loss_for
@@ -71,7 +71,7 @@ def test_the_rows_of_the_ablation_differ_in_one_thing_each():
     assert asdict(mixup) | {"shift_bn": True} == asdict(shifted)
 
 
-@pytest.mark.parametrize("dataset", SPECS)
+@pytest.mark.parametrize("dataset", [*SPECS, *LISTS])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_configured_on_every_dataset(dataset, method):
     config = configure(dataset, method)

@@ -185,7 +185,6 @@ def test_measures_by_group_show_a_dash_for_an_empty_group(made_up):
     study = Study(results_root=made_up.root)
     study.runs = lambda *_: [record]
     frame = measures(study, "cifar10", ["ce"], columns=BY_GROUP).frame
-    assert list(frame.columns) == [
-        "accuracy", "accuracy, many", "accuracy, medium", "accuracy, few", "ECE", "ECE, many", "ECE, medium", "ECE, few",
-    ]  # fmt: skip
+    assert list(frame.columns[:4]) == ["accuracy", "accuracy, many", "accuracy, medium", "accuracy, few"]
+    assert list(frame.columns[4:]) == ["ECE", "ECE, many", "ECE, medium", "ECE, few"]
     assert frame.loc["CE"].tolist() == ["25.0", "25.0", "25.0", "–"] * 2

@@ -60,8 +60,8 @@ class Table:
         columns = [" ".join(c) if isinstance(c, tuple) else str(c) for c in self.frame.columns]
         rows = [["", *columns], ["---", *["---:"] * len(columns)]]
         rows += [[str(name), *map(str, cells)] for name, cells in zip(self.frame.index, self.frame.values, strict=True)]
-        lines = [] if self.frame.empty else ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([*lines, "", self.caption, *(line for note in self.notes for line in ("", note))])
+        lines = [] if self.frame.empty else ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        return "\n".join([*lines, self.caption, *(line for note in self.notes for line in ("", note))])
 
     __str__ = __repr__ = to_markdown
 

@@ -346,12 +346,7 @@ def _list(arguments: argparse.Namespace) -> None:
     if arguments.what == "methods":
         width = max(map(len, METHODS))
         for name, method in METHODS.items():
-            tables = (
-                f"Table {', '.join(map(str, method.tables))} of the paper"
-                if method.tables
-                else "not in the paper's tables"
-            )
-            print(f"{name:{width}}  {method.idea}\n{'':{width}}  {method.source}; {tables}")
+            print(f"{name:{width}}  {method.idea}\n{'':{width}}  {method.source}; {method.where}")
         return
     if arguments.what == "datasets":
         for name, spec in SPECS.items():

@@ -151,7 +151,7 @@ ONE_STAGE: dict[str, Method] = {
     "ldam": Method(
         "LDAM", "Rarer classes must win by a larger margin.", CAO, (),
         r"l = -\log \frac{e^{z_y - s \Delta_y}}{e^{z_y - s \Delta_y} + \sum_{i \ne y} e^{z_i}}, "
-        r"\quad z = s \cos, \; \Delta_k \propto N_k^{-1/4}, \; \max \Delta = 0.5, \; s = 30",
+        r"\quad z = s \cos, \; \Delta_k \propto N_k^{-1/4}",
         stage1=LDAM,
     ),
     "ce+drw": Method(

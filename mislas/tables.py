@@ -60,8 +60,8 @@ class Table:
         columns = [" ".join(c) if isinstance(c, tuple) else str(c) for c in self.frame.columns]
         rows = [["", *columns], ["---", *["---:"] * len(columns)]]
         rows += [[str(name), *map(str, cells)] for name, cells in zip(self.frame.index, self.frame.values, strict=True)]
-        lines = [] if self.frame.empty else ["| " + " | ".join(row) + " |" for row in rows]
-        return "\n".join([*lines, "", self.caption, *(line for note in self.notes for line in ("", note))])
+        lines = [] if self.frame.empty else ["| " + " | ".join(row) + " |" for row in rows] + [""]
+        return "\n".join([*lines, self.caption, *(line for note in self.notes for line in ("", note))])
 
     __str__ = __repr__ = to_markdown
 
@@ -472,25 +472,68 @@ MEASURES = {
     "nll": ("NLL", 1, 3),
     "brier": ("Brier", 1, 3),
 }
+#: Accuracy and ECE by group of classes.
+BY_GROUP = {
+    f"{key}{group}": (f"{title}{group.replace('_', ', ')}", 100, 1)
+    for key, title in (("accuracy", "accuracy"), ("ece", "ECE"))
+    for group in ("", "_many", "_medium", "_few")
+}
 
 
 def measures(
-    study: Study, dataset: str, methods: Sequence[str], imbalance: float = 100, title: str | None = None
+    study: Study,
+    dataset: str,
+    methods: Sequence[str],
+    imbalance: float = 100,
+    title: str | None = None,
+    columns: dict[str, tuple[str, float, int]] = MEASURES,
 ) -> Table:
-    """Every measure of some methods: mean over seeds; all in percent but NLL (nats) and Brier (0..2)."""
+    """Every measure of some methods: mean over seeds; all in percent but NLL (nats) and Brier (0..2).
+
+    Args:
+        columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`.
+    """
     rows, shown = {}, []
     for method in methods:
         records = study.runs(dataset, method, imbalance)
         shown += records
         cells = []
-        for key, (_, scale, digits) in MEASURES.items():
+        for key, (_, scale, digits) in columns.items():
             values = [record.metrics[key] for record in records]
             absent = not values or None in values
             cells.append(DASH if absent else f"{scale * statistics.mean(values):.{digits}f}")
         rows[METHODS[method].title] = cells
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[title for title, _, _ in MEASURES.values()])
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, _, _ in columns.values()])
     what = "tiny smoke runs on digits" if study.kind == "tiny" else title or study.title(dataset)
     caption = f"All measures, {what}, IF {imbalance:g}. A dash: not measured, or a group without classes."
+    return _table(study, frame, caption, [], shown)
+
+
+def selection(
+    study: Study, dataset: str, methods: Sequence[str], imbalance: float = 100, title: str | None = None
+) -> Table:
+    """What reporting the best epoch on the test set would add to accuracy: last, best, difference; mean over seeds.
+
+    The best is that of the epochs at which a run looked at the test set, so the difference is a lower bound.
+    """
+    rows, shown = {}, []
+    for method in methods:
+        records = study.runs(dataset, method, imbalance)
+        shown += records
+        looked = [[row["test_accuracy"] for row in record.history if "test_accuracy" in row] for record in records]
+        if not records:
+            rows[METHODS[method].title] = [DASH] * 4
+            continue
+        last, best = (statistics.mean(of(values) for values in looked) for of in (lambda v: v[-1], max))
+        epochs = sorted({len(values) for values in looked})
+        rows[METHODS[method].title] = [
+            f"{100 * last:.1f}", f"{100 * best:.1f}", f"{100 * (best - last):+z.1f}", ", ".join(map(str, epochs))
+        ]  # fmt: skip
+    columns = ["last epoch", "best on the test set", "gain", "epochs looked at"]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+    caption = (
+        f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: what selection adds."
+    )
     return _table(study, frame, caption, [], shown)
 
 

@@ -23,7 +23,18 @@ def made_up(tmp_path):
     """A function that puts a run with made-up predictions into the store under ``tmp_path / "results"``."""
     store = Store(tmp_path / "results")
 
-    def put(dataset, method, changes=None, seed=0, imbalance=100, right=(1, 1, 0, 1), ece=0.1, own=None, norm=None):
+    def put(
+        dataset,
+        method,
+        changes=None,
+        seed=0,
+        imbalance=100,
+        right=(1, 1, 0, 1),
+        ece=0.1,
+        own=None,
+        norm=None,
+        history=(),
+    ):
         config = configure(dataset, method, imbalance, seed, changes)
         spec = SPECS[config.dataset]
         target = np.arange(len(right)) % spec.num_classes
@@ -41,7 +52,7 @@ def made_up(tmp_path):
         accuracy = float(np.mean(right))
         metrics = {"accuracy": accuracy, "ece": ece, "nll": 1.0}
         source = {"date": "2000-01-01", "commit": "0", "device": "none", "torch": "0", "data": config.dataset}
-        return store.put(config, metrics, [], arrays, {**source, "data_checksum": "made up"})
+        return store.put(config, metrics, list(history), arrays, {**source, "data_checksum": "made up"})
 
     put.root = store.root
     return put

@@ -38,6 +38,13 @@ def test_every_method_has_a_card_that_says_how_to_measure_it(tmp_path):
     assert text.count("$$") == 2 * len(METHODS)
 
 
+def test_variants_share_a_card_and_each_has_its_standing(tmp_path):
+    text = card(["crt", "crt+mixup"], Study("stored", results_root=tmp_path))
+    assert text.count("$$") == 2
+    assert "- `crt`: not measured yet, `mislas train" in text
+    assert "- `crt+mixup` (Tables 1, 3, 4, 6, 7, 8 of the paper): not measured yet" in text
+
+
 def test_a_card_shows_where_a_method_stands(tmp_path):
     metrics = {"accuracy": 0.7123, "ece": 0.0456}
     source = {"date": "2026-01-01", "device": "CPU", "seconds": 1}

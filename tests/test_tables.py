@@ -6,9 +6,12 @@ import pytest
 from mislas import tables
 from mislas.study import SHIFT, Study
 from mislas.tables import (
+    BY_GROUP,
     by_group,
     difference,
+    measures,
     paired,
+    selection,
     shift_remarks,
     shift_sizes,
     shifts,
@@ -165,3 +168,23 @@ def test_table_5_says_what_differs_and_what_is_absent(tmp_path, monkeypatch):
 
 def test_table_5_of_the_tiny_profile_has_no_row_of_the_paper():
     assert list(table5(Study("tiny")).frame.index) == ["digits: code"]
+
+
+def test_selection_is_the_best_epoch_that_was_looked_at_minus_the_last(made_up):
+    looks = [(40, 0.5), (80, 0.8), (120, None), (200, 0.75)]
+    history = [{"epoch": epoch} | ({} if found is None else {"test_accuracy": found}) for epoch, found in looks]
+    made_up("cifar10-jpeg", "ce", history=history)
+    frame = selection(Study(results_root=made_up.root), "cifar10", ["ce", "mixup"]).frame
+    assert frame.loc["CE"].tolist() == ["75.0", "80.0", "+5.0", "3"]
+    assert frame.loc["mixup"].tolist() == ["–"] * 4
+
+
+def test_measures_by_group_show_a_dash_for_an_empty_group(made_up):
+    record = made_up("cifar10-jpeg", "ce")
+    record.metrics.update({key: 0.25 for key in BY_GROUP if "few" not in key}, accuracy_few=None, ece_few=None)
+    study = Study(results_root=made_up.root)
+    study.runs = lambda *_: [record]
+    frame = measures(study, "cifar10", ["ce"], columns=BY_GROUP).frame
+    assert list(frame.columns[:4]) == ["accuracy", "accuracy, many", "accuracy, medium", "accuracy, few"]
+    assert list(frame.columns[4:]) == ["ECE", "ECE, many", "ECE, medium", "ECE, few"]
+    assert frame.loc["CE"].tolist() == ["25.0", "25.0", "25.0", "–"] * 2

@@ -122,6 +122,16 @@ def _kind(config: RunConfig) -> tuple:
     return type(config.stage2).__name__, branches, config.backbone, config.precision, spec_of(config.dataset).size
 
 
+def estimate(planned: Sequence[Job], rates: dict[str, Rates]) -> str:
+    """Hours that jobs take on each device that has rates for all of them, in words; empty if none has."""
+    costs = []
+    for device, known in rates.items():
+        seconds = [job.seconds_at(known) for job in planned]
+        if None not in seconds:
+            costs.append(f"{sum(seconds) / 3600:.1f} h ({device})")
+    return "; ".join(costs)
+
+
 def images_per_second(store: Store) -> dict[str, Rates]:
     """How fast each device of the store's records was, by kind of run: stage, network, precision, image size."""
     rates: dict[str, Rates] = {}

@@ -16,11 +16,14 @@ from .losses import smoothing_factors
 from .methods import SETTINGS
 from .runs import Record
 from .study import GRID, Study
-from .tables import DASH, PLACES, by_group, paired
+from .tables import DASH, PLACES, by_group, how_to, paired
 from .train import learning_rate_factor
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#595959"  # of Okabe and Ito's palette
 GREEN, LIGHT = "#009E73", "#A9D6F5"  # LIGHT differs from BLUE in grey, too
+
+#: Curves of Figure 2: light, dark, line. Without mixup, with mixup.
+NORM_LOOKS = ((LIGHT, BLUE, "--"), ("#F5D08A", "#B36B00", "-"))
 
 STYLE = {
     "figure.dpi": 110,
@@ -84,20 +87,23 @@ def _nothing(study: Study, dataset: str, title: str | None) -> Figure:
 def reliability_figure(
     study: Study,
     dataset: str,
-    panels: Sequence[tuple[str, str, float]],
+    panels: Sequence[tuple[str, str, float | None]],
     columns: int = 3,
     title: str | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> Figure:
     """Reliability diagrams side by side, first seed of each run; a legend stands in the space that is left, or below.
 
     Args:
         study: whose runs to show.
         dataset: one of the paper's, e.g. ``"cifar10"``.
-        panels: for each panel its title, method and imbalance factor. One that has not been measured says so.
+        panels: for each panel its title, method and imbalance factor (None: see :meth:`mislas.study.Study.configs`).
+            One that has not been measured says so.
         columns: panels in a row.
         title: what the figure calls the dataset; default :meth:`mislas.study.Study.title`.
+        changes: what is changed in every run.
     """
-    if not any(study.runs(dataset, method, imbalance) for _, method, imbalance in panels):
+    if not any(study.runs(dataset, method, imbalance, changes) for _, method, imbalance in panels):
         return _nothing(study, dataset, title)
     rows = -(-len(panels) // columns)
     shown = []
@@ -107,7 +113,7 @@ def reliability_figure(
         flat = axes.ravel()
         for i, (ax, (heading, method, imbalance)) in enumerate(zip(flat, panels, strict=False)):
             ax.set_title(heading)
-            records = study.runs(dataset, method, imbalance)
+            records = study.runs(dataset, method, imbalance, changes)
             if records:
                 shown.append(records[0])
                 bins = records[0].predictions().reliability()
@@ -133,13 +139,18 @@ def reliability_figure(
     return figure
 
 
-def missing_commands(study: Study, dataset: str, panels: Sequence[tuple[str, str, float]]) -> list[str]:
-    """The commands that measure the panels that nobody has measured yet."""
-    missing: dict[float, list[str]] = {}
+def missing_commands(
+    study: Study,
+    dataset: str,
+    panels: Sequence[tuple[str, str, float | None]],
+    changes: dict[str, Any] | None = None,
+) -> list[str]:
+    """The commands that measure the panels that nobody has measured yet, and what they cost; see :func:`how_to`."""
+    missing: dict[float | None, list[str]] = {}
     for _, method, imbalance in panels:
-        if not study.runs(dataset, method, imbalance):
+        if not study.runs(dataset, method, imbalance, changes):
             missing.setdefault(imbalance, []).append(method)
-    return [study.command(dataset, methods, imbalance) for imbalance, methods in missing.items()]
+    return [how_to(study, dataset, methods, changes, imbalance) for imbalance, methods in missing.items()]
 
 
 def missing_variants(
@@ -340,6 +351,63 @@ def shift_figure(
         axes[-1].set_xlabel("channel")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         figure.suptitle(_heading(study, dataset, [old[0], new[0]], title), fontsize=11, color=GREY)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------- Figure 2
+
+
+def smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Moving average over ``width`` values (odd), ``(N,)``; at the ends over those that are there."""
+    kernel = np.ones(width)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def weight_norm_figure(
+    study: Study,
+    dataset: str,
+    panels: dict[str, dict[str, str]],
+    changes: dict[str, Any],
+    title: str | None = None,
+) -> Figure:
+    """Norms of the classifier's weights, classes sorted by training images; light as they are, dark smoothed.
+
+    Grey in the background: the training images of each class, on a logarithmic scale. First seed of each run. The
+    moving average spans a twentieth of the classes, at least three.
+
+    Args:
+        panels: panel titles, and for each its two curves: legend and method.
+    """
+    found = {
+        heading: {label: study.runs(dataset, method, None, changes)[:1] for label, method in curves.items()}
+        for heading, curves in panels.items()
+    }
+    shown = [record for curves in found.values() for records in curves.values() for record in records]
+    if not shown:
+        return _nothing(study, dataset, title)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(len(panels), 1, figsize=(6, 3.6 * len(panels)), layout="constrained", squeeze=False)
+        for ax, (heading, curves) in zip(axes.ravel(), found.items(), strict=True):
+            behind = ax.twinx()
+            for (label, records), (light, dark, line) in zip(curves.items(), NORM_LOOKS, strict=False):
+                if not records:
+                    ax.plot([], [], line, color=dark, label=f"{label}: not measured yet")
+                    continue
+                arrays = records[0].arrays()
+                order = np.argsort(-arrays["class_counts"], kind="stable")
+                norms, rank = arrays["weight_norm"][order], np.arange(1, len(order) + 1)
+                width = 2 * max(1, len(order) // 40) + 1
+                ax.plot(rank, norms, color=light, linewidth=0.8)
+                ax.plot(rank, smooth(norms, width), line, color=dark, linewidth=2, label=label)
+            for record in [record for records in curves.values() for record in records][:1]:
+                counts = np.sort(record.arrays()["class_counts"])[::-1]
+                behind.fill_between(np.arange(1, len(counts) + 1), counts, color=GREY, alpha=0.15, linewidth=0)
+            behind.set(yscale="log", ylabel="training images (grey)")
+            ax.set(title=heading, xlabel="class, by training images", ylabel="weight norm", ylim=(0, None))
+            ax.set_zorder(1)
+            ax.patch.set_visible(False)
+            ax.legend(frameon=False, loc="best")
+        figure.suptitle(_heading(study, dataset, shown, title), fontsize=11, color=GREY)
     return figure
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .campaign import images_per_second, jobs, wanted
+from .campaign import estimate, images_per_second, jobs, wanted
 from .evaluate import BINS, Predictions, bin_of
 from .runs import Record, Store
 from .study import FORMS, SHIFT, Study
@@ -258,16 +258,11 @@ def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] = (1
             missing = sum(store.get(config) is None for config in configs)
             if not missing:
                 continue
-            costs = []
-            for device, rate in rates.items():
-                hours = [job.seconds_at(rate) for job in planned]
-                if None not in hours:
-                    costs.append(f"{sum(hours) / 3600:.1f} h ({device})")
             passes = sum(job.passes for job in planned)
             rows.append(
                 [
                     dataset, f"{imbalance:g}", f"{missing} of {len(configs)}", f"{passes / 1e6:.1f}",
-                    "; ".join(costs) or DASH,
+                    estimate(planned, rates) or DASH,
                     f"mislas campaign --dataset {dataset} --imbalance {imbalance:g} --seed {seed} --data-root DIR",
                 ]
             )  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import paper
 from .config import RunConfig
-from .data import SPECS, available, dataset_name
+from .data import LISTS, available, dataset_name, spec_of
 from .errors import DataError, MislasError, unknown
 from .methods import configure
 from .runs import Record, Store, run
@@ -25,16 +25,24 @@ from .train import Options
 
 PROFILES = {
     "stored": "trains nothing; shows what is in the store",
-    "tiny": "trains everything live on scikit-learn's digits, on the CPU, in seconds",
+    "tiny": "trains everything live on a tiny dataset, on the CPU, in seconds",
     "full": "the paper's schedule on the images under data_root; takes from the store what is there",
 }
 
 #: The paper's datasets and what may stand in for them, the exact one first. A record says which it used.
 STAND_INS = {"cifar10": ("cifar10", "cifar10-jpeg"), "cifar100": ("cifar100", "cifar100-jpeg")}
 
+#: What ``tiny`` trains on in place of datasets that fit in memory, and of those that do not.
+TINY = {"digits": "scikit-learn's digits", "generated": "generated JPEG files"}
+
 #: What is measured beside a dataset of the paper where a table or figure shows that one alone: the same experiment on
 #: other images, under their own name, in panels of their own.
-NEIGHBOURS = {"cifar100": ("cifar10", "tinyimagenet32")}
+NEIGHBOURS = {
+    "cifar100": ("cifar10", "tinyimagenet32"),
+    "imagenet-lt": ("tinyimagenet64",),
+    "places-lt": ("tinyimagenet64",),
+    "inaturalist18": ("tinyimagenet64",),
+}
 
 #: Changes of MiSLAS that share one pass through its backbone. Figures 5 and 10: eps_1 and eps_K, 0.0 to 0.5.
 GRID = [{"eps_1": a / 10, "eps_k": b / 10} for a in range(6) for b in range(a + 1)]
@@ -89,7 +97,7 @@ class Study:
         if profile == "tiny":
             self._folder = tempfile.TemporaryDirectory(prefix="mislas-tiny-")
             self.store = Store(self._folder.name)
-            self.options = Options(device=device or "cpu")
+            self.options = Options(device=device or "cpu", workers=0)
         else:
             self.store = Store(results_root or default_results_root())
             self.options = Options(device=device)
@@ -102,14 +110,23 @@ class Study:
     def datasets(self, dataset: str) -> tuple[str, ...]:
         """What the profile looks at for one of the paper's datasets: the exact one first, then stand-ins."""
         if self.profile == "tiny":
-            return ("digits",)
+            return ("generated",) if dataset_name(dataset) in LISTS else ("digits",)
         return STAND_INS.get(dataset_name(dataset), (dataset_name(dataset),))
 
     def title(self, dataset: str) -> str:
         """How a caption names what the profile shows for a dataset."""
         if self.profile == "tiny":
-            return "scikit-learn's digits"
-        return paper.DATASETS.get(dataset) or f"{SPECS[dataset_name(dataset)].title}, long-tailed"
+            return TINY[self.datasets(dataset)[0]]
+        return paper.DATASETS.get(dataset) or f"{spec_of(dataset_name(dataset)).title}, long-tailed"
+
+    def networks(self, dataset: str, backbones: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Backbones that a table goes through: their titles, and what each changes of a run.
+
+        With ``"tiny"``, or if the overrides name a backbone, it is that one alone.
+        """
+        if self.profile == "tiny" or "backbone" in self.overrides:
+            backbones = [self.configs(dataset, "ce", None)[0].backbone]
+        return {f"ResNet-{name.removeprefix('resnet')}": {"backbone": name} for name in backbones}
 
     def neighbours(self, dataset: str) -> dict[str, str]:
         """What to show beside one of the paper's datasets: names and titles; see :data:`NEIGHBOURS`.
@@ -132,11 +149,12 @@ class Study:
         return self.profile == "tiny"
 
     def configs(
-        self, dataset: str, method: str, imbalance: float = 100, changes: dict[str, Any] | None = None
+        self, dataset: str, method: str, imbalance: float | None = None, changes: dict[str, Any] | None = None
     ) -> list[RunConfig]:
         """The configurations asked for, one per seed, on the first of :meth:`datasets` that can be had.
 
-        ``changes`` are made after the study's overrides, in the same way.
+        Without ``imbalance`` it is 100, or that of the dataset's training list. ``changes`` are made after the study's
+        overrides, in the same way.
         """
         names = self.datasets(dataset)
         if self.profile == "full":
@@ -144,16 +162,14 @@ class Study:
         base = self._configure(names[0], method, imbalance, changes)
         return [replace(base, seed=seed) for seed in self.seeds or [base.seed]]
 
-    def _configure(self, name: str, method: str, imbalance: float, changes: dict[str, Any] | None) -> RunConfig:
+    def _configure(self, name: str, method: str, imbalance: float | None, changes: dict[str, Any] | None) -> RunConfig:
         return configure(name, method, imbalance, 0, self.overrides).override(changes or {})
 
     def _stored(
-        self, name: str, method: str, imbalance: float, changes: dict[str, Any] | None = None
+        self, name: str, method: str, imbalance: float | None, changes: dict[str, Any] | None = None
     ) -> dict[int, Record]:
-        seeds = self.store.seeds(name, imbalance)
-        if not seeds:
-            return {}
         base = self._configure(name, method, imbalance, changes)
+        seeds = self.store.seeds(name, base.imbalance)
         wanted = seeds if self.seeds is None else self.seeds
         records = {seed: self.store.get(replace(base, seed=seed)) for seed in wanted}
         return {seed: record for seed, record in records.items() if record is not None}
@@ -162,7 +178,7 @@ class Study:
         self,
         dataset: str,
         method: str | Sequence[str],
-        imbalance: float = 100,
+        imbalance: float | None = None,
         changes: dict[str, Any] | None = None,
     ) -> list[Record]:
         """The records of one method, one per seed; trained now if the profile trains. Empty if never measured.
@@ -180,7 +196,7 @@ class Study:
         return found
 
     def sweep(
-        self, dataset: str, method: str, changes: Sequence[dict[str, Any]], imbalance: float = 100
+        self, dataset: str, method: str, changes: Sequence[dict[str, Any]], imbalance: float | None = None
     ) -> list[list[Record]]:
         """The records of one method under several changes: for each change a list, one per seed, empty if not measured.
 
@@ -204,12 +220,12 @@ class Study:
         return [[cells[i] for cells in chosen if i in cells] for i in range(len(changes))]
 
     def command(
-        self, dataset: str, methods: Sequence[str], imbalance: float, changes: dict[str, Any] | None = None
+        self, dataset: str, methods: Sequence[str], imbalance: float | None, changes: dict[str, Any] | None = None
     ) -> str:
         """The command that measures these runs."""
         return self._command("train", dataset, imbalance, [f"--method {' '.join(methods)}"], changes)
 
-    def campaign_command(self, dataset: str, imbalance: float = 100) -> str:
+    def campaign_command(self, dataset: str, imbalance: float | None = None) -> str:
         """The command that measures all that the book shows of a dataset, :data:`GRID` and :data:`FORMS` included."""
         return self._command("campaign", dataset, imbalance)
 
@@ -217,11 +233,15 @@ class Study:
         self,
         name: str,
         dataset: str,
-        imbalance: float,
+        imbalance: float | None,
         more: Sequence[str] = (),
         changes: dict[str, Any] | None = None,
     ) -> str:
-        parts = [f"mislas {name} --dataset {self.datasets(dataset)[0]} --imbalance {imbalance:g}", *more]
+        first = self.datasets(dataset)[0]
+        parts = [f"mislas {name} --dataset {first}"]
+        if first not in LISTS:
+            parts.append(f"--imbalance {100 if imbalance is None else imbalance:g}")
+        parts += more
         if self.seeds:
             parts.append(f"--seed {' '.join(map(str, self.seeds))}")
         fields = (self.overrides | (changes or {})).items()
@@ -231,7 +251,8 @@ class Study:
     def provenance(self, records: Sequence[Record]) -> str:
         """Where some numbers come from, in one line."""
         if self.kind == "tiny":
-            return "Tiny smoke runs on scikit-learn's digits, trained just now: not a reproduction of the paper."
+            names = ", ".join(sorted({TINY[record.config.dataset] for record in records}))
+            return f"Tiny smoke runs{' on ' * bool(names)}{names}, trained just now: not a reproduction of the paper."
         return provenance_line(records)
 
     def __repr__(self) -> str:

@@ -9,16 +9,18 @@ import statistics
 import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from . import paper
+from .campaign import Rates, estimate, files, images_per_second, jobs
 from .config import RunConfig
 from .data import groups
 from .methods import METHODS, SETTINGS, configure
-from .runs import Record
+from .runs import Record, Store
 from .study import Study
 
 DASH = "–"
@@ -484,18 +486,21 @@ def measures(
     study: Study,
     dataset: str,
     methods: Sequence[str],
-    imbalance: float = 100,
+    imbalance: float | None = 100,
     title: str | None = None,
     columns: dict[str, tuple[str, float, int]] = MEASURES,
+    changes: dict[str, Any] | None = None,
 ) -> Table:
     """Every measure of some methods: mean over seeds; all in percent but NLL (nats) and Brier (0..2).
 
     Args:
+        imbalance: None is the only one of a dataset of list files, and 100 of others.
         columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`.
+        changes: what is changed in every run.
     """
     rows, shown = {}, []
     for method in methods:
-        records = study.runs(dataset, method, imbalance)
+        records = study.runs(dataset, method, imbalance, changes)
         shown += records
         cells = []
         for key, (_, scale, digits) in columns.items():
@@ -504,8 +509,9 @@ def measures(
             cells.append(DASH if absent else f"{scale * statistics.mean(values):.{digits}f}")
         rows[METHODS[method].title] = cells
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, _, _ in columns.values()])
-    what = "tiny smoke runs on digits" if study.kind == "tiny" else title or study.title(dataset)
-    caption = f"All measures, {what}, IF {imbalance:g}. A dash: not measured, or a group without classes."
+    what = f"tiny smoke runs on {study.title(dataset)}" if study.kind == "tiny" else title or study.title(dataset)
+    factor = "" if imbalance is None else f", IF {imbalance:g}"
+    caption = f"All measures, {what}{factor}. A dash: not measured, or a group without classes."
     return _table(study, frame, caption, [], shown)
 
 
@@ -535,6 +541,267 @@ def selection(
         f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: what selection adds."
     )
     return _table(study, frame, caption, [], shown)
+
+
+# ----------------------------------------------------------------------- the large benchmarks: Tables 1, 4, 6, 7, 8
+
+
+def how_to(
+    study: Study,
+    dataset: str,
+    methods: Sequence[str],
+    changes: dict[str, Any] | None = None,
+    imbalance: float | None = None,
+) -> str:
+    """The command that measures some runs; as a comment, the images that pass through the network for it, Stage-1
+    included, and the hours on each device whose rate for such runs the store knows."""
+    configs = [config for method in methods for config in study.configs(dataset, method, imbalance, changes)]
+    planned = jobs(configs, study.store)
+    images = sum(job.passes for job in planned)
+    hours = estimate(planned, _rates(study.store.root, len(files(study.store))))
+    cost = f"{images / 1e6:,.1f} million image passes" + (f", about {hours}" if hours else "")
+    return f"{study.command(dataset, methods, imbalance, changes)}  # {cost}"
+
+
+@functools.lru_cache(maxsize=1)
+def _rates(root: Path, count: int) -> dict[str, Rates]:
+    """Rates of a store that has ``count`` files."""
+    return images_per_second(Store(root))
+
+
+#: What a row's cells are called: paper's names of groups, and the metric that each is.
+GROUP_METRICS = {"many": "accuracy_many", "medium": "accuracy_medium", "few": "accuracy_few", "all": "accuracy"}
+
+
+def by_groups(
+    study: Study,
+    dataset: str,
+    published: dict[str, Sequence[float]],
+    columns: Sequence[str] = paper.GROUPS,
+    changes: dict[str, Any] | None = None,
+    title: str | None = None,
+) -> Table:
+    """Tables 4, 6, 7 and 8: top-1 accuracy by group of classes and over all, the paper's beside ours, and our ECE.
+
+    With the tiny profile and on neighbours there is no number of the paper. A method that the library does not have yet
+    says so; one that has not been measured names the command.
+
+    Args:
+        dataset: a dataset of the paper, or a neighbour.
+        published: rows, and the paper's accuracy (%) in each of ``columns``; empty where the paper has none.
+        columns: of :data:`mislas.paper.GROUPS`.
+        changes: what is changed in every run, such as the backbone.
+        title: what the caption calls the data; default :meth:`mislas.study.Study.title`.
+    """
+    beside = study.kind != "tiny" and dataset in paper.DATASETS and all(published.values())
+    known = [method for method in published if method in METHODS]
+    if study.trains(dataset):
+        study.runs(dataset, known, None, changes)  # what shares a pass trains together
+    found = {method: study.runs(dataset, method, None, changes) if method in METHODS else [] for method in published}
+    if study.kind == "tiny":
+        found = {method: records for method, records in found.items() if records}
+    missing = [method for method, records in found.items() if not records and method in METHODS]
+    cells: dict[tuple[str, str], list[str]] = {}
+    for place, column in enumerate(columns):
+        if beside:
+            cells[column, "paper"] = [f"{published[method][place]:.1f}" for method in found]
+        cells[column, study.kind] = [_metric(r, GROUP_METRICS[column], _absent(m)) for m, r in found.items()]
+    cells["ECE", study.kind] = [_metric(records, "ece", DASH) for records in found.values()]
+    frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE[method] for method in found])
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    shown = [record for records in found.values() for record in records]
+    notes = [f"[a] `{how_to(study, dataset, missing, changes)}`"] if missing else []
+    return _table(study, frame, _accuracy_caption(study, dataset, shown, title), notes, shown, beside)
+
+
+def _absent(method: str) -> str:
+    return "not measured [a]" if method in METHODS else "no code yet"
+
+
+def _metric(records: Sequence[Record], name: str, absent: str) -> str:
+    """Mean and spread over seeds of a measure, in percent; a dash for a group without classes."""
+    values = [record.metrics[name] for record in records]
+    if not values:
+        return absent
+    return DASH if None in values else percent(values)
+
+
+def _accuracy_caption(study: Study, dataset: str, shown: Sequence[Record], title: str | None) -> str:
+    if study.kind == "tiny":
+        return (
+            f"Top-1 accuracy and ECE (%) of tiny smoke runs on {study.title(dataset)}: they show that the code runs, "
+            "not what the paper found."
+        )
+    used = sorted({record.config.dataset for record in shown})
+    state = f"measured on {', '.join(used)}" if used else "nothing measured yet"
+    return f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}: {state}."
+
+
+#: Rows of Table 1 as the paper prints them.
+TABLE1_TITLES = {
+    (False, None): "Stage-1 (no mixup)",
+    (True, None): "Stage-1 (mixup)",
+    (False, False): "Stage-1 (no mixup) + Stage-2 (no mixup)",
+    (False, True): "Stage-1 (no mixup) + Stage-2 (mixup)",
+    (True, False): "Stage-1 (mixup) + Stage-2 (no mixup)",
+    (True, True): "Stage-1 (mixup) + Stage-2 (mixup)",
+}
+
+
+def table1_runs(study: Study, dataset: str, head: str, first: bool, second: bool | None) -> tuple[str, dict[str, Any]]:
+    """A cell of Table 1 as (method, changes); mixup's alpha in Stage-2 is that of the dataset in Stage-1.
+
+    Args:
+        head: ``"crt"`` or ``"lws"``.
+        first: whether Stage-1 has mixup.
+        second: whether Stage-2 has; None: there is no Stage-2.
+    """
+    if second is None:
+        return ("mixup" if first else "ce"), {}
+    alpha = SETTINGS[study.datasets(dataset)[0]].mixup
+    return head + "+mixup" * first, {"stage2.mixup": alpha} if second else {}
+
+
+def _beside_table1(study: Study, dataset: str, changes: dict[str, Any]) -> bool:
+    """Whether the paper has numbers to set beside ours."""
+    return study.kind != "tiny" and dataset == "imagenet-lt" and changes["backbone"] in paper.TABLE1[False, None]
+
+
+def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | None = None) -> Table:
+    """Table 1 for one backbone: top-1 accuracy of cRT and LWS with and without mixup in each stage, and the ECE."""
+    beside = _beside_table1(study, dataset, changes)
+    heads = {"crt": "cRT", "lws": "LWS"}
+    cells: dict[tuple[str, str], list[str]] = {}
+    shown, missing = {}, {}
+    for place, (head, name) in enumerate(heads.items()):
+        found = []
+        for setup in TABLE1_TITLES:
+            method, more = table1_runs(study, dataset, head, *setup)
+            if study.trains(dataset) and setup[1] is not None:
+                together = [table1_runs(study, dataset, other, *setup)[0] for other in heads]
+                study.runs(dataset, together, None, changes | more)
+            found.append(study.runs(dataset, method, None, changes | more))
+            shown |= {record.config.id: record for record in found[-1]}
+            if not found[-1]:
+                missing.setdefault(tuple(more.items()), {})[method] = None
+        if beside:
+            numbers = [paper.TABLE1[setup][changes["backbone"]][place] for setup in TABLE1_TITLES]
+            cells[name, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
+        cells[name, study.kind] = [_metric(records, "accuracy", "not measured") for records in found]
+        cells[name, "ECE"] = [_metric(records, "ece", DASH) for records in found]
+    frame = pd.DataFrame(cells, index=list(TABLE1_TITLES.values()))
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    notes = [
+        f"Not measured: `{how_to(study, dataset, list(methods), changes | dict(more))}`"
+        for more, methods in missing.items()
+    ]
+    return _table(
+        study,
+        frame,
+        _accuracy_caption(study, dataset, list(shown.values()), title),
+        notes,
+        list(shown.values()),
+        beside,
+    )
+
+
+#: What Table 1 says about mixup, as differences of its rows: new minus old.
+TABLE1_GAINS = {
+    "mixup in Stage-1, seen after Stage-1": ((True, None), (False, None)),
+    "mixup in Stage-1, seen after Stage-2": ((True, False), (False, False)),
+    "mixup in Stage-2, none in Stage-1": ((False, True), (False, False)),
+    "mixup in Stage-2, after Stage-1 with it": ((True, True), (True, False)),
+}
+
+
+def table1_gains(study: Study, dataset: str, changes: dict[str, Any], title: str | None = None) -> Table:
+    """What mixup adds to accuracy in each stage, in points, for one backbone: differences of the rows of Table 1.
+
+    Ours compare equal data and seeds, with the standard error of :func:`difference`; a dash where a row is missing.
+    """
+    beside = _beside_table1(study, dataset, changes)
+    cells: dict[tuple[str, str], list[str]] = {}
+    shown: dict[str, Record] = {}
+    for place, (head, name) in enumerate({"crt": "cRT", "lws": "LWS"}.items()):
+        published, ours = [], []
+        for pair in TABLE1_GAINS.values():
+            if beside:
+                new, old = (paper.TABLE1[setup][changes["backbone"]][place] for setup in pair)
+                published.append(DASH if new is None or old is None else f"{new - old:+z.1f}")
+            runs = [table1_runs(study, dataset, head, *setup) for setup in pair]
+            new, old = paired(*(study.runs(dataset, method, None, changes | more) for method, more in runs))
+            shown |= {record.config.id: record for record in new + old}
+            ours.append(difference(new, old) if new else DASH)
+        if beside:
+            cells[name, "paper"] = published
+        cells[name, study.kind] = ours
+    frame = pd.DataFrame(cells, index=list(TABLE1_GAINS))
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    caption = (
+        f"What mixup adds to top-1 accuracy, in points, {title or study.title(dataset)}. ± is the standard error over "
+        "the test images, not over seeds."
+    )
+    return _table(study, frame, caption, [], list(shown.values()), beside)
+
+
+def adds_up(study: Study, dataset: str, rows: dict[str, Sequence[float]], title: str) -> Table:
+    """Whether rows of Tables 6 and 8 agree with themselves: *all* is the mean of the groups, weighted by their classes.
+
+    Every number is rounded to 0.1, and the sizes are those of the authors' code, which counts a class of exactly 20
+    images as few: a difference up to 0.25 is let pass.
+    """
+    cells = {}
+    sizes = np.array(paper.GROUP_SIZES[dataset])
+    for method, (*by_group, everything) in rows.items() if study.kind != "tiny" else ():
+        mean = float(sizes @ by_group / sizes.sum())
+        cells[paper.TITLES_LARGE[method]] = [
+            f"{everything:.1f}", f"{mean:.2f}", "" if abs(mean - everything) <= 0.25 else "does not add up"
+        ]  # fmt: skip
+    frame = pd.DataFrame.from_dict(cells, orient="index", columns=["all, paper", "all, from its groups", "remark"])
+    caption = f"{title}: the paper's accuracy over all classes (%), and the mean of its groups ({sizes} classes)."
+    return Table(frame, caption if cells else "The tiny profile shows no number of the paper.")
+
+
+def released(study: Study, datasets: Sequence[str]) -> Table:
+    """Accuracy and ECE that the authors published with their code, per dataset and stage."""
+    rows = {
+        f"{paper.DATASETS[dataset]}, {name}": [f"{number:g}" for number in paper.AUTHORS_CODE_LARGE[dataset][method]]
+        for dataset in (datasets if study.kind != "tiny" else ())
+        for method, name in {"mixup": "Stage-1 (mixup)", "mislas": "MiSLAS"}.items()
+    }
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["accuracy", "ECE"])
+    caption = "Accuracy and ECE (%) that the authors published with their code."
+    return Table(frame, caption if rows else "The tiny profile shows no number of the authors.")
+
+
+def weight_norms(
+    study: Study, dataset: str, methods: Sequence[str], changes: dict[str, Any], title: str | None = None
+) -> Table:
+    """Norms of the classifier's weights, mean over the classes of each group, first seed: what Figure 2 draws.
+
+    LWS's norms include its scales. The last column is few over many: how far rare classes are from being favoured.
+    """
+    rows, shown, missing = {}, [], []
+    for method in methods:
+        records = study.runs(dataset, method, None, changes)[:1]
+        shown += records
+        missing += [] if records else [method]
+        means = dict.fromkeys(groups([]))
+        if records:
+            arrays = records[0].arrays()
+            means = {
+                group: float(arrays["weight_norm"][classes].mean()) if classes else None
+                for group, classes in groups(arrays["class_counts"].tolist()).items()
+            }
+        ratio = means["few"] / means["many"] if means["few"] and means["many"] else None
+        rows[METHODS[method].title] = [DASH if m is None else f"{m:.2f}" for m in (*means.values(), ratio)]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*groups([]), "few / many"])
+    caption = (
+        f"Mean L2 norm of the classifier's weights by group of classes, {title or study.title(dataset)}, first seed; "
+        f"{study.kind}."
+    )
+    notes = [f"Not measured: `{how_to(study, dataset, missing, changes)}`"] if missing else []
+    return _table(study, frame, caption, notes, shown)
 
 
 def distance(study: Study, dataset: str, imbalance: float = 100) -> Table:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mislas.data import SPECS, load, long_tailed_counts
+from mislas.data import LISTS, load, long_tailed_counts, spec_of
 from mislas.methods import configure
 from mislas.runs import Store
 from mislas.train import Options
@@ -28,7 +28,7 @@ def made_up(tmp_path):
         method,
         changes=None,
         seed=0,
-        imbalance=100,
+        imbalance=None,
         right=(1, 1, 0, 1),
         ece=0.1,
         own=None,
@@ -36,7 +36,9 @@ def made_up(tmp_path):
         history=(),
     ):
         config = configure(dataset, method, imbalance, seed, changes)
-        spec = SPECS[config.dataset]
+        spec = spec_of(config.dataset)
+        largest = spec.largest if config.dataset in LISTS else spec.train_per_class
+        counts = long_tailed_counts(largest, config.imbalance, spec.num_classes)
         target = np.arange(len(right)) % spec.num_classes
         own = np.full(len(right), 0.5) if own is None else np.array(own)
         first, last = np.zeros(16), np.zeros(64)
@@ -45,13 +47,21 @@ def made_up(tmp_path):
             "predicted": np.where(right, target, (target + 1) % spec.num_classes),
             "confidence": np.full(len(right), 65535),
             "true_probability": np.rint(own * 65535),
-            "class_counts": np.array(long_tailed_counts(spec.train_per_class, imbalance, spec.num_classes)),
+            "class_counts": np.array(counts),
             **{"bn_first_mean": first, "bn_first_var": first + 1, "bn_last_mean": last, "bn_last_var": last + 1},
             **(norm or {}),
         }
         accuracy = float(np.mean(right))
         metrics = {"accuracy": accuracy, "ece": ece, "nll": 1.0}
-        source = {"date": "2000-01-01", "commit": "0", "device": "none", "torch": "0", "data": config.dataset}
+        metrics |= {f"accuracy_{group}": accuracy for group in ("many", "medium", "few")}
+        source = {
+            "date": "2000-01-01",
+            "commit": "0",
+            "device": "none",
+            "torch": "0",
+            "data": config.dataset,
+            "seconds": 0,
+        }
         return store.put(config, metrics, list(history), arrays, {**source, "data_checksum": "made up"})
 
     put.root = store.root

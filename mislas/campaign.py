@@ -13,14 +13,16 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from . import paper
 from .config import Adjustment, RunConfig
-from .data import spec_of, training_images, write_atomically
+from .data import LISTS, dataset_name, spec_of, training_images, write_atomically
 from .errors import MislasError, RecordError
-from .methods import configure
+from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store, plan, read_record, run
 from .study import FORMS, GRID, SHIFT
 from .train import Options, OutOfTime
@@ -43,14 +45,21 @@ AUTHORS = [
 ]
 
 
-def wanted(dataset: str, imbalances: Sequence[float] = (100, 50, 10), seeds: Sequence[int] = (0,)) -> list[RunConfig]:
+def wanted(
+    dataset: str, imbalances: Sequence[float | None] = (100, 50, 10), seeds: Sequence[int] = (0,)
+) -> list[RunConfig]:
     """What the book would like to show of a dataset, most wanted first.
 
     Table 3's rows at each imbalance factor; the balanced model; the grid and the forms of label-aware smoothing, the
     authors' variants and the controls of Table 1 and Figure 6 at the first imbalance factor; Table 3's other methods;
     then the same for the next seed. Rules that are tuned on held-out images need a Stage-1 of their own and are left
-    to ``mislas train``.
+    to ``mislas train``. Of a dataset of list files it is what its tables and figures have, with their backbones; it has
+    one imbalance factor, and none need be named.
     """
+    if dataset_name(dataset) in LISTS:
+        rows = _large(dataset_name(dataset))
+        configs = [configure(dataset, m, i, seed, more) for seed in seeds for i in imbalances for m, more in rows]
+        return list({config.id: config for config in configs}.values())
     configs = []
     for seed in seeds:
         first = imbalances[0]
@@ -62,6 +71,21 @@ def wanted(dataset: str, imbalances: Sequence[float] = (100, 50, 10), seeds: Seq
         configs += [configure(dataset, method, first, seed) for method in RULES]
         configs += [configure(dataset, method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
     return list({config.id: config for config in configs}.values())
+
+
+def _large(dataset: str) -> list[tuple[str, dict[str, Any]]]:
+    """What Tables 1, 4, 6, 7, 8 and Figures 2, 8, 9 have of a dataset of list files, as (method, changes)."""
+    rows = [(method, {}) for method in ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws")]
+    rows += [(method, {}) for method in paper.TABLE4.get(dataset, ())]
+    rows += [(method, {}) for method in {"inaturalist18": paper.TABLE7, "places-lt": paper.TABLE8}.get(dataset, ())]
+    if dataset == "imagenet-lt":
+        heads, mixed = ("crt", "lws", "crt+mixup", "lws+mixup"), {"stage2.mixup": SETTINGS[dataset].mixup}
+        for backbone in ("resnet50", "resnet10", "resnet101", "resnet152"):
+            network = {"backbone": backbone}
+            rows += [(method, network) for method in ("ce", "mixup", *heads)]
+            rows += [(method, network) for method in paper.TABLE6.get(backbone, ())]
+            rows += [(method, network | mixed) for method in heads]
+    return [(method, changes) for method, changes in rows if method in METHODS]
 
 
 def parse_budget(text: str) -> float:

@@ -13,10 +13,10 @@ from typing import Any
 from . import __version__
 from .campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
 from .config import field_names, takes_text
-from .data import SPECS, load
+from .data import LISTS, SPECS, dataset_name, load
 from .errors import MislasError, RecordError, unknown
 from .evaluate import BINS, predict, summarise
-from .lists import LISTS, check, load_lists
+from .lists import check, load_lists
 from .methods import METHODS, configure
 from .runs import Record, Store, device_name, run
 from .study import default_results_root
@@ -143,9 +143,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Train what the tables and figures want of a dataset and the store lacks, most wanted first. "
         "Can be killed at any moment; the same command goes on.",
     )
-    push.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join(SPECS)}")
+    push.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join([*SPECS, *LISTS])}")
     push.add_argument(
-        "--imbalance", type=float, nargs="+", default=[100, 50, 10], metavar="IF", help="imbalance factors"
+        "--imbalance",
+        type=float,
+        nargs="+",
+        metavar="IF",
+        help="imbalance factors (default: 100 50 10). Datasets of list files have their own",
     )
     push.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
     push.add_argument("--data-root", metavar="DIR", help="folder with the images; digits needs none")
@@ -262,7 +266,8 @@ def _campaign(arguments: argparse.Namespace) -> None:
     store, overrides = _store(arguments), parse_overrides(arguments.set)
     options = Options(arguments.device, arguments.compile, progress=not arguments.quiet)
     budget = parse_budget(arguments.budget) if arguments.budget else None
-    everything = wanted(arguments.dataset, arguments.imbalance, arguments.seed)
+    usual = [None] if dataset_name(arguments.dataset) in LISTS else [100, 50, 10]
+    everything = wanted(arguments.dataset, arguments.imbalance or usual, arguments.seed)
     configs = list({c.id: c for c in (config.override(overrides) for config in everything)}.values())
     planned, rates = jobs(configs, store), images_per_second(store).get(device_name(options.torch_device()), {})
     have = sum(store.get(config) is not None for config in configs)

@@ -758,7 +758,8 @@ def adds_up(study: Study, dataset: str, rows: dict[str, Sequence[float]], title:
             f"{everything:.1f}", f"{mean:.2f}", "" if abs(mean - everything) <= 0.25 else "does not add up"
         ]  # fmt: skip
     frame = pd.DataFrame.from_dict(cells, orient="index", columns=["all, paper", "all, from its groups", "remark"])
-    caption = f"{title}: the paper's accuracy over all classes (%), and the mean of its groups ({sizes} classes)."
+    counted = ", ".join(map(str, sizes))
+    caption = f"{title}: the paper's accuracy over all classes (%), and the mean of its groups ({counted} classes)."
     return Table(frame, caption if cells else "The tiny profile shows no number of the paper.")
 
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mislas import paper
+from mislas.campaign import wanted
 from mislas.cli import main
 from mislas.data import LISTS, available, dataset_name, load, training_images
 from mislas.errors import DataError, MislasError, RecordError
 from mislas.lists import generate
-from mislas.methods import configure
+from mislas.methods import METHODS, configure
 from mislas.models import backbone, find_weights, init_kaiming
 from mislas.pipeline import ImageBatches
 from mislas.runs import Store, run
@@ -267,3 +268,22 @@ def test_weights_that_are_missing_or_others_are_one_line(pretrained):
     (pretrained.root / "weights" / "x-394f9c45.pth").write_bytes(b"")
     with pytest.raises(RecordError, match=r"has SHA-256 e3b0c442\.\.\., not 394f9c45"):
         find_weights("394f9c45", pretrained.root)
+
+
+# --------------------------------------------------------------------------------------------------------- campaigns
+
+
+def test_a_campaign_wants_what_the_tables_of_a_list_have():
+    configs = wanted("imagenet-lt", [None])
+    assert {c.backbone for c in configs} == set(paper.TABLE1[False, None])
+    for network, rows in paper.TABLE6.items():
+        assert rows.keys() <= {c.method for c in configs if c.backbone == network}
+    mixed = [c for c in configs if c.stage2 is not None and getattr(c.stage2, "mixup", None) == 0.2]
+    assert len(mixed) == 4 * 4
+    assert {m for m in paper.TABLE8 if m in METHODS} <= {c.method for c in wanted("places-lt", [None])}
+    assert len({c.id for c in configs}) == len(configs)
+
+
+def test_a_campaign_on_lists_runs_from_the_command_line(tmp_path, capsys):
+    assert main(["campaign", "--dataset", "generated", "--dry-run", "--results-root", str(tmp_path)]) == 0
+    assert "0 of 7 runs are in the store; 5 jobs to do" in capsys.readouterr().out

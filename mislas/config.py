@@ -12,6 +12,7 @@ from typing import Any
 from .data import dataset_name
 from .errors import MislasError, unknown
 from .losses import LOSSES, check_smoothing
+from .metric import METRICS
 from .models import check_backbone
 from .samplers import SAMPLERS
 
@@ -50,6 +51,8 @@ class Stage1:
         deferred_sampler: the sampler from then on.
         second_sampler: sampler of a second branch of the network (BBN); None is one branch.
         holdout: share of each class's images kept out of training, to choose tau or a temperature on; in (0, 0.5].
+        metric: name in :data:`mislas.metric.METRICS` of a loss of the features, added to ``loss``; None is none.
+        metric_weight: what it is multiplied by, >= 0.
     """
 
     epochs: int
@@ -74,6 +77,8 @@ class Stage1:
     deferred_sampler: str | None = None
     second_sampler: str | None = None
     holdout: float | None = None
+    metric: str | None = None
+    metric_weight: float | None = None
 
     def deferred(self, epoch: int) -> bool:
         """Whether what is deferred is still to come in an epoch (from 0)."""
@@ -359,6 +364,14 @@ def _check_stage1(stage: Stage1) -> None:
         raise MislasError("stage1.defer needs beta or deferred_sampler to defer, and deferred_sampler needs defer")
     if stage.second_sampler is not None and stage.mixup is not None:
         raise MislasError("two branches mix features in place of images: stage1.mixup must be null")
+    if stage.metric is not None and stage.metric not in METRICS:
+        unknown("stage1.metric", stage.metric, METRICS)
+    if (stage.metric is None) != (stage.metric_weight is None) or (stage.metric and not stage.metric_weight >= 0):
+        raise MislasError(f"stage1.metric_weight >= 0 goes with metric and only with it, got {stage.metric_weight!r}")
+    if stage.metric is not None and (stage.mixup is not None or stage.second_sampler is not None):
+        raise MislasError(
+            "stage1.metric compares images of one class each: stage1.mixup and stage1.second_sampler must be null"
+        )
     if stage.holdout is not None and not 0 < stage.holdout <= 0.5:
         raise MislasError(f"stage1.holdout is a share of each class, above 0 and at most 0.5, got {stage.holdout!r}")
 

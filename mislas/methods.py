@@ -96,9 +96,11 @@ KANG = "Kang et al., Decoupling representation and classifier for long-tailed re
 LIN = "Lin et al., Focal loss for dense object detection, ICCV 2017"
 MENON = "Menon et al., Long-tail learning via logit adjustment, ICLR 2021"
 MISLAS = "Improving calibration for long-tailed recognition (the paper)"
+OH_SONG = "Oh Song et al., Deep metric learning via lifted structured feature embedding, CVPR 2016"
 REN = "Ren et al., Balanced meta-softmax for long-tailed visual recognition, NeurIPS 2020"
 YUN = "Yun et al., CutMix: Regularization strategy to train strong classifiers with localizable features, ICCV 2019"
 ZHANG = "Zhang et al., mixup: Beyond empirical risk minimization, ICLR 2018"
+ZHANG_RANGE = "Zhang et al., Range loss for deep face recognition with long-tailed training data, ICCV 2017"
 ZHOU = "Zhou et al., BBN: Bilateral-branch network with cumulative learning, CVPR 2020"
 
 # Parts that rows share. Deferral starts after 80% of the epochs, 160 of 200 (Cao et al.).
@@ -180,6 +182,22 @@ ONE_STAGE: dict[str, Method] = {
     "balanced-softmax": Method(
         "Balanced softmax", "Cross-entropy of logits shifted by the log of the class frequencies.", REN, (),
         r"l = -\log \frac{N_y e^{z_y}}{\sum_i N_i e^{z_i}}", stage1=dict(loss="logit_adjusted", adjustment=1.0),
+    ),
+    # Features of unit length; that, and the weights of 0.1, are ours: see mislas.metric.
+    "lifted": Method(
+        "Lifted Loss", "Cross-entropy, and of every two images of a class a distance below that to any other class.",
+        OH_SONG, (8,),
+        r"l = -\log p_y + \frac{0.1}{2 |P|} \sum_{(i, j) \in P} \max(0, J_{ij})^2, \quad J_{ij} = D_{ij} + "
+        r"\log \Big( \sum_{k: y_k \ne y_i} e^{1 - D_{ik}} + \sum_{k: y_k \ne y_j} e^{1 - D_{jk}} \Big)",
+        stage1=dict(metric="lifted", metric_weight=0.1),
+    ),
+    "range": Method(
+        "Range Loss", "Cross-entropy, and in every batch tighter classes and a gap between the two nearest centres.",
+        ZHANG_RANGE, (4, 8),
+        r"l = -\log p_y + 0.1 \Big( \sum_k \frac{2}{1 / D_1^{(k)} + 1 / D_2^{(k)}} + "
+        r"\max(0, 1 - \min_{j \ne k} \lVert m_j - m_k \rVert^2) \Big), \quad D_1^{(k)}, D_2^{(k)} "
+        r"\text{: the largest squared distances within class } k",
+        stage1=dict(metric="range", metric_weight=0.1),
     ),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -144,6 +145,40 @@ class Adjustment:
 
 
 @dataclass(frozen=True)
+class FewShot:
+    """Stage-2 that learns to make a classifier's weights from a few images (:mod:`mislas.fewshot`), on episodes.
+
+    Attributes:
+        epochs, batch_size, lr, momentum, weight_decay, schedule, sampler: as in :class:`Stage1`; batches are what
+            episodes ask about.
+        shots: images that an episode shows of each class that it poses as novel, at least 1.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    shots: int
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    sampler: str = "class_balanced"
+
+    loss, mixup = "ce", None  # no fields: episodes know no other
+
+    def sampler_in(self, epoch: int) -> str:
+        """The sampler of an epoch."""
+        return self.sampler
+
+
+Stage = Stage1 | Stage2 | Adjustment | FewShot
+
+
+def stage2_kind(given: Iterable[str]) -> type[Stage2 | Adjustment | FewShot]:
+    """Which Stage-2 it is that has these fields: each kind but the first has one that no other has."""
+    return Adjustment if "rule" in given else FewShot if "shots" in given else Stage2
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run. Made by :func:`mislas.methods.configure`, which fills in the paper's Table 5.
 
@@ -154,7 +189,7 @@ class RunConfig:
         seed: of initialisation, order, crops, mixup: 0 or more.
         precision: ``"bf16"`` (autocast, float32 master weights) or ``"fp32"``; evaluation is always float32.
         stage1: see :class:`Stage1`.
-        stage2: see :class:`Stage2` and :class:`Adjustment`; None where the method has one stage.
+        stage2: see :class:`Stage2`, :class:`Adjustment` and :class:`FewShot`; None where the method has one stage.
         method: the registry's name for this recipe. A label: it does not enter the identity.
     """
 
@@ -164,7 +199,7 @@ class RunConfig:
     seed: int
     precision: str
     stage1: Stage1
-    stage2: Stage2 | Adjustment | None = None
+    stage2: Stage2 | Adjustment | FewShot | None = None
     method: str = "custom"
 
     def __post_init__(self):
@@ -183,8 +218,11 @@ class RunConfig:
             _check_adjustment(self.stage2, self.stage1)
         elif self.stage2 is not None:
             _check_stage("stage2", self.stage2)
-            _check_stage2(self.stage2)
-        if self.stage2 is not None and (self.stage1.scale or self.stage1.second_sampler):
+            (_check_few_shot if isinstance(self.stage2, FewShot) else _check_stage2)(self.stage2)
+        few_shot = isinstance(self.stage2, FewShot)
+        if few_shot and self.stage1.scale is None:
+            raise MislasError("stage2 with shots needs a cosine classifier: set stage1.scale")
+        if self.stage2 is not None and ((self.stage1.scale and not few_shot) or self.stage1.second_sampler):
             raise MislasError("stage2 needs a linear classifier: stage1.scale and stage1.second_sampler must be null")
 
     def canonical(self) -> dict[str, Any]:
@@ -203,6 +241,8 @@ class RunConfig:
     def stage1_only(self) -> RunConfig:
         """The Stage-1 run that this one builds on: a run of its own, shared by every Stage-2."""
         method = "mixup" if self.stage1.mixup else self.stage1.loss
+        if self.stage1.scale is not None:
+            method += "+cosine"
         if self.stage1.holdout is not None:
             method += "+holdout"
         return replace(self, stage2=None, method=method) if self.stage2 else self
@@ -214,6 +254,8 @@ class RunConfig:
             return self.id
         if isinstance(self.stage2, Adjustment):
             return f"{self.stage1_only.id}:adjust,{self.stage2.shift_epochs}"
+        if not isinstance(self.stage2, Stage2):
+            return self.id
         keys = ("epochs", "batch_size", "sampler", "shift_bn", "mixup")
         return f"{self.stage1_only.id}:" + ",".join(str(getattr(self.stage2, key)) for key in keys)
 
@@ -225,7 +267,7 @@ class RunConfig:
         stored = dict(stored)
         stored["stage1"] = Stage1(**stored["stage1"])
         if stored.get("stage2") is not None:
-            stored["stage2"] = (Adjustment if "rule" in stored["stage2"] else Stage2)(**stored["stage2"])
+            stored["stage2"] = stage2_kind(stored["stage2"])(**stored["stage2"])
         return cls(**stored)
 
     def override(self, changes: dict[str, Any]) -> RunConfig:
@@ -254,7 +296,7 @@ _TOP = tuple(f.name for f in fields(RunConfig) if f.name not in ("stage1", "stag
 _TYPES = {
     None: {f.name: f.type for f in fields(RunConfig)},
     "stage1": {f.name: f.type for f in fields(Stage1)},
-    "stage2": {f.name: f.type for owner in (Stage2, Adjustment) for f in fields(owner)},
+    "stage2": {f.name: f.type for owner in (Stage2, Adjustment, FewShot) for f in fields(owner)},
 }
 #: Fields that mean something for some losses only. (A cosine classifier's scale serves any loss.)
 _LOSS_SETTINGS = {name for spec in LOSSES.values() for name in spec.settings + spec.optional} - {"scale"}
@@ -293,10 +335,11 @@ def check_type(key: str, value: Any, where: str | None, field: str) -> Any:
     raise MislasError(f"{key} takes {annotation.replace(' | ', ' or ')}, got {value!r}")
 
 
-def _change(stage: Stage1 | Stage2 | Adjustment, new: dict[str, Any]) -> Stage1 | Stage2 | Adjustment:
+def _change(stage: Stage, new: dict[str, Any]) -> Stage:
     """``stage`` with ``new`` values. Settings that mean nothing beside them are off, whether new or old."""
-    after = dataclasses.asdict(stage) | {key: value for key, value in new.items() if hasattr(stage, key)}
-    if not isinstance(stage, Adjustment):
+    after = dataclasses.asdict(stage)
+    after |= {key: value for key, value in new.items() if key in after}
+    if isinstance(stage, Stage1 | Stage2):
         spec = LOSSES.get(after["loss"])
         idle = _LOSS_SETTINGS - {*spec.settings, *spec.optional} if spec else set()
         if "power" not in new and after.get("form") != "power":
@@ -310,8 +353,8 @@ def _change(stage: Stage1 | Stage2 | Adjustment, new: dict[str, Any]) -> Stage1 
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_stage(name: str, stage: Stage1 | Stage2) -> None:
-    """What both stages have: optimiser, schedule, sampler, loss."""
+def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot) -> None:
+    """What every stage with gradients has: optimiser, schedule, sampler, loss."""
     for key in ("epochs", "batch_size", "lr"):
         if not 0 < getattr(stage, key) < math.inf:
             raise MislasError(f"{name}.{key} must be > 0 and finite, got {getattr(stage, key)!r}")
@@ -389,6 +432,11 @@ def _check_stage2(stage: Stage2) -> None:
         check_smoothing(stage.eps_1, stage.eps_k, stage.form, stage.power)
         if stage.smoothing_over not in SMOOTHING:
             unknown("stage2.smoothing_over", stage.smoothing_over, SMOOTHING)
+
+
+def _check_few_shot(stage: FewShot) -> None:
+    if stage.shots < 1:
+        raise MislasError(f"stage2.shots must be at least 1, got {stage.shots!r}")
 
 
 def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import Adjustment, RunConfig, Stage1, Stage2
+from .config import Adjustment, RunConfig, Stage1, Stage2, stage2_kind
 from .data import dataset_name
 from .errors import unknown
 from .losses import LOSSES, Loss
@@ -66,8 +66,8 @@ class Method:
         mixup: whether Stage-1 mixes; alpha is the dataset's (1 on CIFAR).
         longer: Stage-1's epochs as a multiple of the dataset's.
         stage1: fields of :class:`Stage1` that differ from the dataset's settings.
-        stage2: fields of :class:`Stage2`, or of :class:`Adjustment` (with ``rule``), or None for a one-stage method.
-            With ``loss="las"`` the dataset's eps_1 and eps_k are filled in.
+        stage2: fields of :class:`Stage2`, of :class:`Adjustment` (with ``rule``) or of :class:`FewShot` (with
+            ``shots``), or None for a one-stage method. With ``loss="las"`` the dataset's eps_1 and eps_k are filled in.
     """
 
     title: str
@@ -91,6 +91,7 @@ class Method:
 CAO = "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019"
 CHOU = "Chou et al., Remix: Rebalanced mixup, ECCV Workshops 2020"
 CUI = "Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019"
+GIDARIS = "Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting, CVPR 2018"
 GUO = "Guo et al., On calibration of modern neural networks, ICML 2017"
 KANG = "Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020"
 LIN = "Lin et al., Focal loss for dense object detection, ICCV 2017"
@@ -244,6 +245,19 @@ def _decoupled() -> dict[str, Method]:
     return found
 
 
+#: Stage-2 looks at images of the training set while it classifies: what it learns is how to use them.
+MEMORY: dict[str, Method] = {
+    # Stage-1's scale of cosines is where theirs starts; it is learned in Stage-2. What is novel: see mislas.fewshot.
+    "fslwf": Method(
+        "FSLwF", "Learn to make a class's weights from a few images and other classes' weights; use it on rare ones.",
+        GIDARIS, (4, 8),
+        r"z_k = \tau \cos(w_k, x), \quad w_{\mathrm{few}} = \phi_{\mathrm{avg}} \odot \tfrac1N \sum_i \bar x_i + "
+        r"\phi_{\mathrm{att}} \odot \tfrac1N \sum_i \sum_b a_{ib} \bar w_b, \quad a_i = \mathrm{softmax}_b \, "
+        r"\gamma \cos(\Phi \bar x_i, \kappa_b)",
+        stage1=dict(scale=10.0), stage2=dict(shots=5),
+    ),
+}  # fmt: skip
+
 AFTER_TRAINING: dict[str, Method] = {
     "logit-adjustment": Method(
         "Logit adjustment", "Subtract the log of the class frequencies from the plain model's logits.", MENON, (),
@@ -272,7 +286,7 @@ THE_PAPER: dict[str, Method] = {
     ),
 }  # fmt: skip
 
-METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | AFTER_TRAINING | THE_PAPER
+METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | MEMORY | AFTER_TRAINING | THE_PAPER
 
 
 def configure(
@@ -304,15 +318,14 @@ def configure(
     }
     stage1 = Stage1(**settings.stage1 | ours | recipe.stage1)
     stage2 = None
-    if recipe.stage2 is not None and "rule" in recipe.stage2:
-        stage2 = Adjustment(**recipe.stage2)
-    elif recipe.stage2 is not None:
-        filled = {}
+    if recipe.stage2 is not None:
+        kind = stage2_kind(recipe.stage2)
+        filled = {} if kind is Adjustment else dict(settings.stage2)
         if recipe.stage2.get("delta"):
             filled["delta_lr"] = settings.delta_lr
         if recipe.stage2.get("loss") == "las":
             filled |= {"eps_1": settings.eps_1, "eps_k": settings.eps_k}
-        stage2 = Stage2(**settings.stage2 | filled | recipe.stage2)
+        stage2 = kind(**filled | recipe.stage2)
     config = RunConfig(dataset, imbalance, settings.backbone, seed, settings.precision, stage1, stage2, method)
     return config.override(overrides or {})
 

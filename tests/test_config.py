@@ -4,7 +4,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from mislas.config import Adjustment, RunConfig, Stage1, Stage2, field_names
+from mislas.config import Adjustment, FewShot, RunConfig, Stage1, Stage2, field_names
 from mislas.errors import MislasError
 from mislas.methods import configure
 
@@ -76,6 +76,7 @@ ELSEWHERE = {
     "stage2.rule": ("temperature", {"rule": "tau_norm"}),
     "stage2.value": ("temperature", {"value": 1.5}),
     "stage2.shift_epochs": ("ncm", {"shift_epochs": 1}),
+    "stage2.shots": ("fslwf", {"shots": 1}),
 }
 
 
@@ -182,7 +183,7 @@ def test_an_unknown_field_lists_near_names_first(key, near):
 def test_fields_are_those_of_the_dataclasses_except_the_label():
     expected = {f.name for f in fields(RunConfig)} - {"stage1", "stage2", "method"}
     expected |= {f"stage1.{f.name}" for f in fields(Stage1)}
-    expected |= {f"stage2.{f.name}" for owner in (Stage2, Adjustment) for f in fields(owner)}
+    expected |= {f"stage2.{f.name}" for owner in (Stage2, Adjustment, FewShot) for f in fields(owner)}
     assert set(field_names()) == expected
 
 
@@ -307,6 +308,31 @@ def test_settings_of_other_methods_are_checked_too(method, changes, message):
     with pytest.raises(MislasError, match=re.escape(message)) as caught:
         configure("digits", method, overrides=changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shots": 0}, "stage2.shots must be at least 1, got 0"),
+        ({"scale": None}, "stage2 with shots needs a cosine classifier: set stage1.scale"),
+        ({"second_sampler": "reverse"}, "stage1.second_sampler must be null"),
+        ({"stage2.lr": 0.0}, "stage2.lr must be > 0"),
+    ],
+)
+def test_settings_of_few_shot_learning_are_checked(changes, message):
+    with pytest.raises(MislasError, match=re.escape(message)) as caught:
+        configure("digits", "fslwf", overrides=changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_few_shot_learning_has_stage2s_schedule_and_passes_over_what_it_does_not_know():
+    config = configure("cifar10", "fslwf")
+    stage2 = config.stage2
+    assert (stage2.epochs, stage2.batch_size, stage2.lr, stage2.shots) == (10, 128, 0.1, 5)
+    assert config.override({"stage2.mixup": 0.2, "stage2.loss": "las", "eps_1": 0.5, "delta_lr": 0.3}) == config
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.stage1_only.method == "ce+cosine"
+    assert config.shared_pass == config.id
 
 
 def test_eps_beyond_the_papers_range_warns_when_configured():

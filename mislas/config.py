@@ -170,12 +170,42 @@ class FewShot:
         return self.sampler
 
 
-Stage = Stage1 | Stage2 | Adjustment | FewShot
+@dataclass(frozen=True)
+class Memory:
+    """Stage-2 with a memory of class centroids (:mod:`mislas.memory`), in which the backbone may train on.
+
+    Attributes:
+        epochs, batch_size, lr, momentum, weight_decay, schedule, sampler: as in :class:`Stage1`; ``lr`` is the
+            classifier's.
+        centroid_weight: what the centroid loss is multiplied by, >= 0.
+        backbone_lr: learning rate of the backbone as a ratio of ``lr``, > 0; None freezes it.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    centroid_weight: float
+    backbone_lr: float | None = None
+    schedule: str = "multistep"
+    momentum: float = 0.9
+    sampler: str = "class_cyclic"
+
+    loss, mixup = "ce", None  # no fields: it knows no other
+
+    def sampler_in(self, epoch: int) -> str:
+        """The sampler of an epoch."""
+        return self.sampler
 
 
-def stage2_kind(given: Iterable[str]) -> type[Stage2 | Adjustment | FewShot]:
-    """Which Stage-2 it is that has these fields: each kind but the first has one that no other has."""
-    return Adjustment if "rule" in given else FewShot if "shots" in given else Stage2
+Stage = Stage1 | Stage2 | Adjustment | FewShot | Memory
+#: The kinds of Stage-2 that are told by a field of their own; else it is :class:`Stage2`.
+_KINDS = {"rule": Adjustment, "shots": FewShot, "centroid_weight": Memory}
+
+
+def stage2_kind(given: Iterable[str]) -> type[Stage2 | Adjustment | FewShot | Memory]:
+    """Which Stage-2 it is that has these fields."""
+    return next((kind for field, kind in _KINDS.items() if field in given), Stage2)
 
 
 @dataclass(frozen=True)
@@ -189,7 +219,8 @@ class RunConfig:
         seed: of initialisation, order, crops, mixup: 0 or more.
         precision: ``"bf16"`` (autocast, float32 master weights) or ``"fp32"``; evaluation is always float32.
         stage1: see :class:`Stage1`.
-        stage2: see :class:`Stage2`, :class:`Adjustment` and :class:`FewShot`; None where the method has one stage.
+        stage2: a :class:`Stage2`, :class:`Adjustment`, :class:`FewShot` or :class:`Memory`; None where the method has
+            one stage.
         method: the registry's name for this recipe. A label: it does not enter the identity.
     """
 
@@ -199,7 +230,7 @@ class RunConfig:
     seed: int
     precision: str
     stage1: Stage1
-    stage2: Stage2 | Adjustment | FewShot | None = None
+    stage2: Stage2 | Adjustment | FewShot | Memory | None = None
     method: str = "custom"
 
     def __post_init__(self):
@@ -218,7 +249,7 @@ class RunConfig:
             _check_adjustment(self.stage2, self.stage1)
         elif self.stage2 is not None:
             _check_stage("stage2", self.stage2)
-            (_check_few_shot if isinstance(self.stage2, FewShot) else _check_stage2)(self.stage2)
+            {FewShot: _check_few_shot, Memory: _check_memory, Stage2: _check_stage2}[type(self.stage2)](self.stage2)
         few_shot = isinstance(self.stage2, FewShot)
         if few_shot and self.stage1.scale is None:
             raise MislasError("stage2 with shots needs a cosine classifier: set stage1.scale")
@@ -296,7 +327,7 @@ _TOP = tuple(f.name for f in fields(RunConfig) if f.name not in ("stage1", "stag
 _TYPES = {
     None: {f.name: f.type for f in fields(RunConfig)},
     "stage1": {f.name: f.type for f in fields(Stage1)},
-    "stage2": {f.name: f.type for owner in (Stage2, Adjustment, FewShot) for f in fields(owner)},
+    "stage2": {f.name: f.type for owner in (Stage2, *_KINDS.values()) for f in fields(owner)},
 }
 #: Fields that mean something for some losses only. (A cosine classifier's scale serves any loss.)
 _LOSS_SETTINGS = {name for spec in LOSSES.values() for name in spec.settings + spec.optional} - {"scale"}
@@ -353,7 +384,7 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot) -> None:
+def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
     """What every stage with gradients has: optimiser, schedule, sampler, loss."""
     for key in ("epochs", "batch_size", "lr"):
         if not 0 < getattr(stage, key) < math.inf:
@@ -437,6 +468,13 @@ def _check_stage2(stage: Stage2) -> None:
 def _check_few_shot(stage: FewShot) -> None:
     if stage.shots < 1:
         raise MislasError(f"stage2.shots must be at least 1, got {stage.shots!r}")
+
+
+def _check_memory(stage: Memory) -> None:
+    if not stage.centroid_weight >= 0:
+        raise MislasError(f"stage2.centroid_weight must be >= 0, got {stage.centroid_weight!r}")
+    if stage.backbone_lr is not None and not stage.backbone_lr > 0:
+        raise MislasError(f"stage2.backbone_lr must be > 0, or null to freeze the backbone, got {stage.backbone_lr!r}")
 
 
 def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:

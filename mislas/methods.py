@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import Adjustment, RunConfig, Stage1, Stage2, stage2_kind
+from .config import Adjustment, Memory, RunConfig, Stage1, Stage2, stage2_kind
 from .data import dataset_name
 from .errors import unknown
 from .losses import LOSSES, Loss
@@ -66,8 +66,9 @@ class Method:
         mixup: whether Stage-1 mixes; alpha is the dataset's (1 on CIFAR).
         longer: Stage-1's epochs as a multiple of the dataset's.
         stage1: fields of :class:`Stage1` that differ from the dataset's settings.
-        stage2: fields of :class:`Stage2`, of :class:`Adjustment` (with ``rule``) or of :class:`FewShot` (with
-            ``shots``), or None for a one-stage method. With ``loss="las"`` the dataset's eps_1 and eps_k are filled in.
+        stage2: fields of :class:`Stage2`, of :class:`Adjustment` (with ``rule``), of :class:`FewShot` (with ``shots``)
+            or of :class:`Memory` (with ``centroid_weight``), or None for a one-stage method. With ``loss="las"`` the
+            dataset's eps_1 and eps_k are filled in.
     """
 
     title: str
@@ -95,6 +96,7 @@ GIDARIS = "Gidaris and Komodakis, Dynamic few-shot visual learning without forge
 GUO = "Guo et al., On calibration of modern neural networks, ICML 2017"
 KANG = "Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020"
 LIN = "Lin et al., Focal loss for dense object detection, ICCV 2017"
+LIU = "Liu et al., Large-scale long-tailed recognition in an open world, CVPR 2019"
 MENON = "Menon et al., Long-tail learning via logit adjustment, ICLR 2021"
 MISLAS = "Improving calibration for long-tailed recognition (the paper)"
 OH_SONG = "Oh Song et al., Deep metric learning via lifted structured feature embedding, CVPR 2016"
@@ -256,6 +258,15 @@ MEMORY: dict[str, Method] = {
         r"\gamma \cos(\Phi \bar x_i, \kappa_b)",
         stage1=dict(scale=10.0), stage2=dict(shots=5),
     ),
+    # As the authors' code for ImageNet-LT, but as long as Stage-1, and without modulated attention: see mislas.memory.
+    "oltr": Method(
+        "OLTR", "Enrich features from a memory of class centroids, and train on with balanced classes.",
+        LIU, (4, 8),
+        r"v = \tfrac{10}{\gamma} \big( x + \tanh(T x) \odot \sum_i o_i c_i \big), \; o = \mathrm{softmax}(H x), \; "
+        r"\gamma = \min_i \lVert x - c_i \rVert, \quad z_k = 16 \, \tfrac{\lVert v \rVert}{1 + \lVert v \rVert} "
+        r"\cos(w_k, v), \quad l = -\log p_y + 0.01 \, l_{\mathrm{centroids}}",
+        stage2=dict(centroid_weight=0.01, backbone_lr=0.1),
+    ),
 }  # fmt: skip
 
 AFTER_TRAINING: dict[str, Method] = {
@@ -321,6 +332,8 @@ def configure(
     if recipe.stage2 is not None:
         kind = stage2_kind(recipe.stage2)
         filled = {} if kind is Adjustment else dict(settings.stage2)
+        if kind is Memory:  # as long as Stage-1 and as it, but for its warm-up
+            filled = {key: value for key, value in settings.stage1.items() if key != "warmup"}
         if recipe.stage2.get("delta"):
             filled["delta_lr"] = settings.delta_lr
         if recipe.stage2.get("loss") == "las":

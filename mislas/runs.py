@@ -29,11 +29,12 @@ from torch import nn
 from . import __version__
 from .adjust import adjust
 from .augment import Images
-from .config import Adjustment, FewShot, RunConfig
+from .config import Adjustment, FewShot, Memory, RunConfig
 from .data import Dataset, load, write_atomically
 from .errors import MislasError, RecordError
 from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
+from .memory import train_memory
 from .models import GeneralisedClassifier, stage1_model
 from .train import Options, Trained, train_stage1, train_stage2
 
@@ -253,8 +254,9 @@ def _run_group(group: list[RunConfig], data: Dataset, store: Store, options: Opt
         stage1 = store.get_weights(first.stage1_only, data.num_classes)
         if isinstance(first.stage2, Adjustment):
             trained = adjust(group, stage1, data, options)
-        elif isinstance(first.stage2, FewShot):
-            trained = train_few_shot(first, stage1, data, options, checkpoint, along_the_way)
+        elif isinstance(first.stage2, FewShot | Memory):
+            train = train_few_shot if isinstance(first.stage2, FewShot) else train_memory
+            trained = train(first, stage1, data, options, checkpoint, along_the_way)
         else:
             trained = train_stage2(group, stage1, data, options, checkpoint, along_the_way)
     finish(group, trained, data, test, store, options)

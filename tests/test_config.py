@@ -4,7 +4,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from mislas.config import Adjustment, FewShot, RunConfig, Stage1, Stage2, field_names
+from mislas.config import Adjustment, FewShot, Memory, RunConfig, Stage1, Stage2, field_names
 from mislas.errors import MislasError
 from mislas.methods import configure
 
@@ -77,6 +77,8 @@ ELSEWHERE = {
     "stage2.value": ("temperature", {"value": 1.5}),
     "stage2.shift_epochs": ("ncm", {"shift_epochs": 1}),
     "stage2.shots": ("fslwf", {"shots": 1}),
+    "stage2.centroid_weight": ("oltr", {"centroid_weight": 0.1}),
+    "stage2.backbone_lr": ("oltr", {"backbone_lr": None}),
 }
 
 
@@ -183,7 +185,7 @@ def test_an_unknown_field_lists_near_names_first(key, near):
 def test_fields_are_those_of_the_dataclasses_except_the_label():
     expected = {f.name for f in fields(RunConfig)} - {"stage1", "stage2", "method"}
     expected |= {f"stage1.{f.name}" for f in fields(Stage1)}
-    expected |= {f"stage2.{f.name}" for owner in (Stage2, Adjustment, FewShot) for f in fields(owner)}
+    expected |= {f"stage2.{f.name}" for owner in (Stage2, Adjustment, FewShot, Memory) for f in fields(owner)}
     assert set(field_names()) == expected
 
 
@@ -311,18 +313,29 @@ def test_settings_of_other_methods_are_checked_too(method, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("method", "changes", "message"),
     [
-        ({"shots": 0}, "stage2.shots must be at least 1, got 0"),
-        ({"scale": None}, "stage2 with shots needs a cosine classifier: set stage1.scale"),
-        ({"second_sampler": "reverse"}, "stage1.second_sampler must be null"),
-        ({"stage2.lr": 0.0}, "stage2.lr must be > 0"),
+        ("fslwf", {"shots": 0}, "stage2.shots must be at least 1, got 0"),
+        ("fslwf", {"scale": None}, "stage2 with shots needs a cosine classifier: set stage1.scale"),
+        ("fslwf", {"second_sampler": "reverse"}, "stage1.second_sampler must be null"),
+        ("fslwf", {"stage2.lr": 0.0}, "stage2.lr must be > 0"),
+        ("oltr", {"centroid_weight": -1.0}, "stage2.centroid_weight must be >= 0, got -1.0"),
+        ("oltr", {"backbone_lr": 0.0}, "stage2.backbone_lr must be > 0, or null to freeze the backbone, got 0.0"),
+        ("oltr", {"scale": 16.0}, "stage2 needs a linear classifier: stage1.scale"),
+        ("oltr", {"stage2.sampler": "balanced"}, "unknown stage2.sampler 'balanced'"),
     ],
 )
-def test_settings_of_few_shot_learning_are_checked(changes, message):
+def test_settings_of_the_memory_methods_are_checked(method, changes, message):
     with pytest.raises(MislasError, match=re.escape(message)) as caught:
-        configure("digits", "fslwf", overrides=changes)
+        configure("digits", method, overrides=changes)
     assert "\n" not in str(caught.value)
+
+
+def test_oltr_trains_as_long_as_stage1():
+    stage1, stage2 = (getattr(configure("cifar10", "oltr"), stage) for stage in ("stage1", "stage2"))
+    for key in ("epochs", "batch_size", "lr", "weight_decay", "schedule"):
+        assert getattr(stage1, key) == getattr(stage2, key)
+    assert (stage2.sampler, stage2.backbone_lr, stage2.centroid_weight) == ("class_cyclic", 0.1, 0.01)
 
 
 def test_few_shot_learning_has_stage2s_schedule_and_passes_over_what_it_does_not_know():

@@ -7,12 +7,14 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .data import LISTS, dataset_name, spec_of
 from .errors import MislasError, unknown
 from .losses import LOSSES, check_smoothing
+from .metric import METRICS
 from .models import STAGES, check_backbone
 from .samplers import SAMPLERS
 
@@ -54,6 +56,8 @@ class Stage1:
         weights: the backbone starts from a file of pretrained weights and only its last block trains
             (:func:`mislas.models.freeze_but_last_block`); None starts from random weights. The file is named by the
             first 8 hex digits of its SHA-256, as in torchvision's file names, since its place decides no number.
+        metric: name in :data:`mislas.metric.METRICS` of a loss of the features, added to ``loss``; None is none.
+        metric_weight: what it is multiplied by, >= 0.
     """
 
     epochs: int
@@ -79,6 +83,8 @@ class Stage1:
     second_sampler: str | None = None
     holdout: float | None = None
     weights: str | None = None
+    metric: str | None = None
+    metric_weight: float | None = None
 
     def deferred(self, epoch: int) -> bool:
         """Whether what is deferred is still to come in an epoch (from 0)."""
@@ -144,6 +150,70 @@ class Adjustment:
 
 
 @dataclass(frozen=True)
+class FewShot:
+    """Stage-2 that learns to make a classifier's weights from a few images (:mod:`mislas.fewshot`), on episodes.
+
+    Attributes:
+        epochs, batch_size, lr, momentum, weight_decay, schedule, sampler: as in :class:`Stage1`; batches are what
+            episodes ask about.
+        shots: images that an episode shows of each class that it poses as novel, at least 1.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    shots: int
+    schedule: str = "cosine"
+    momentum: float = 0.9
+    sampler: str = "class_balanced"
+
+    loss, mixup = "ce", None  # no fields: episodes know no other
+
+    def sampler_in(self, epoch: int) -> str:
+        """The sampler of an epoch."""
+        return self.sampler
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Stage-2 with a memory of class centroids (:mod:`mislas.memory`), in which the backbone may train on.
+
+    Attributes:
+        epochs, batch_size, lr, momentum, weight_decay, schedule, sampler: as in :class:`Stage1`; ``lr`` is the
+            classifier's.
+        centroid_weight: what the centroid loss is multiplied by, >= 0.
+        backbone_lr: learning rate of the backbone as a ratio of ``lr``, > 0; None freezes it.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    centroid_weight: float
+    backbone_lr: float | None = None
+    schedule: str = "multistep"
+    momentum: float = 0.9
+    sampler: str = "class_cyclic"
+
+    loss, mixup = "ce", None  # no fields: it knows no other
+
+    def sampler_in(self, epoch: int) -> str:
+        """The sampler of an epoch."""
+        return self.sampler
+
+
+Stage = Stage1 | Stage2 | Adjustment | FewShot | Memory
+#: The kinds of Stage-2 that are told by a field of their own; else it is :class:`Stage2`.
+_KINDS = {"rule": Adjustment, "shots": FewShot, "centroid_weight": Memory}
+
+
+def stage2_kind(given: Iterable[str]) -> type[Stage2 | Adjustment | FewShot | Memory]:
+    """Which Stage-2 it is that has these fields."""
+    return next((kind for field, kind in _KINDS.items() if field in given), Stage2)
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run. Made by :func:`mislas.methods.configure`, which fills in the paper's Table 5.
 
@@ -154,7 +224,8 @@ class RunConfig:
         seed: of initialisation, order, crops, mixup: 0 or more.
         precision: ``"bf16"`` (autocast, float32 master weights) or ``"fp32"``; evaluation is always float32.
         stage1: see :class:`Stage1`.
-        stage2: see :class:`Stage2` and :class:`Adjustment`; None where the method has one stage.
+        stage2: a :class:`Stage2`, :class:`Adjustment`, :class:`FewShot` or :class:`Memory`; None where the method has
+            one stage.
         method: the registry's name for this recipe. A label: it does not enter the identity.
     """
 
@@ -164,7 +235,7 @@ class RunConfig:
     seed: int
     precision: str
     stage1: Stage1
-    stage2: Stage2 | Adjustment | None = None
+    stage2: Stage2 | Adjustment | FewShot | Memory | None = None
     method: str = "custom"
 
     def __post_init__(self):
@@ -191,8 +262,11 @@ class RunConfig:
             _check_adjustment(self.stage2, self.stage1)
         elif self.stage2 is not None:
             _check_stage("stage2", self.stage2)
-            _check_stage2(self.stage2)
-        if self.stage2 is not None and (self.stage1.scale or self.stage1.second_sampler):
+            {FewShot: _check_few_shot, Memory: _check_memory, Stage2: _check_stage2}[type(self.stage2)](self.stage2)
+        few_shot = isinstance(self.stage2, FewShot)
+        if few_shot and self.stage1.scale is None:
+            raise MislasError("stage2 with shots needs a cosine classifier: set stage1.scale")
+        if self.stage2 is not None and ((self.stage1.scale and not few_shot) or self.stage1.second_sampler):
             raise MislasError("stage2 needs a linear classifier: stage1.scale and stage1.second_sampler must be null")
 
     def canonical(self) -> dict[str, Any]:
@@ -211,6 +285,8 @@ class RunConfig:
     def stage1_only(self) -> RunConfig:
         """The Stage-1 run that this one builds on: a run of its own, shared by every Stage-2."""
         method = "mixup" if self.stage1.mixup else self.stage1.loss
+        if self.stage1.scale is not None:
+            method += "+cosine"
         if self.stage1.holdout is not None:
             method += "+holdout"
         return replace(self, stage2=None, method=method) if self.stage2 else self
@@ -222,6 +298,8 @@ class RunConfig:
             return self.id
         if isinstance(self.stage2, Adjustment):
             return f"{self.stage1_only.id}:adjust,{self.stage2.shift_epochs}"
+        if not isinstance(self.stage2, Stage2):
+            return self.id
         keys = ("epochs", "batch_size", "sampler", "shift_bn", "mixup")
         return f"{self.stage1_only.id}:" + ",".join(str(getattr(self.stage2, key)) for key in keys)
 
@@ -233,7 +311,7 @@ class RunConfig:
         stored = dict(stored)
         stored["stage1"] = Stage1(**stored["stage1"])
         if stored.get("stage2") is not None:
-            stored["stage2"] = (Adjustment if "rule" in stored["stage2"] else Stage2)(**stored["stage2"])
+            stored["stage2"] = stage2_kind(stored["stage2"])(**stored["stage2"])
         return cls(**stored)
 
     def override(self, changes: dict[str, Any]) -> RunConfig:
@@ -262,7 +340,7 @@ _TOP = tuple(f.name for f in fields(RunConfig) if f.name not in ("stage1", "stag
 _TYPES = {
     None: {f.name: f.type for f in fields(RunConfig)},
     "stage1": {f.name: f.type for f in fields(Stage1)},
-    "stage2": {f.name: f.type for owner in (Stage2, Adjustment) for f in fields(owner)},
+    "stage2": {f.name: f.type for owner in (Stage2, *_KINDS.values()) for f in fields(owner)},
 }
 #: Fields that mean something for some losses only. (A cosine classifier's scale serves any loss.)
 _LOSS_SETTINGS = {name for spec in LOSSES.values() for name in spec.settings + spec.optional} - {"scale"}
@@ -307,10 +385,11 @@ def check_type(key: str, value: Any, where: str | None, field: str) -> Any:
     raise MislasError(f"{key} takes {annotation.replace(' | ', ' or ')}, got {value!r}")
 
 
-def _change(stage: Stage1 | Stage2 | Adjustment, new: dict[str, Any]) -> Stage1 | Stage2 | Adjustment:
+def _change(stage: Stage, new: dict[str, Any]) -> Stage:
     """``stage`` with ``new`` values. Settings that mean nothing beside them are off, whether new or old."""
-    after = dataclasses.asdict(stage) | {key: value for key, value in new.items() if hasattr(stage, key)}
-    if not isinstance(stage, Adjustment):
+    after = dataclasses.asdict(stage)
+    after |= {key: value for key, value in new.items() if key in after}
+    if isinstance(stage, Stage1 | Stage2):
         spec = LOSSES.get(after["loss"])
         idle = _LOSS_SETTINGS - {*spec.settings, *spec.optional} if spec else set()
         if "power" not in new and after.get("form") != "power":
@@ -324,8 +403,8 @@ def _change(stage: Stage1 | Stage2 | Adjustment, new: dict[str, Any]) -> Stage1 
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_stage(name: str, stage: Stage1 | Stage2) -> None:
-    """What both stages have: optimiser, schedule, sampler, loss."""
+def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
+    """What every stage with gradients has: optimiser, schedule, sampler, loss."""
     for key in ("epochs", "batch_size", "lr"):
         if not 0 < getattr(stage, key) < math.inf:
             raise MislasError(f"{name}.{key} must be > 0 and finite, got {getattr(stage, key)!r}")
@@ -382,6 +461,14 @@ def _check_stage1(stage: Stage1) -> None:
         raise MislasError(
             f"stage1.weights is the first 8 hex digits of the SHA-256 of a file of weights, got {stage.weights!r}"
         )
+    if stage.metric is not None and stage.metric not in METRICS:
+        unknown("stage1.metric", stage.metric, METRICS)
+    if (stage.metric is None) != (stage.metric_weight is None) or (stage.metric and not stage.metric_weight >= 0):
+        raise MislasError(f"stage1.metric_weight >= 0 goes with metric and only with it, got {stage.metric_weight!r}")
+    if stage.metric is not None and (stage.mixup is not None or stage.second_sampler is not None):
+        raise MislasError(
+            "stage1.metric compares images of one class each: stage1.mixup and stage1.second_sampler must be null"
+        )
     if stage.holdout is not None and not 0 < stage.holdout <= 0.5:
         raise MislasError(f"stage1.holdout is a share of each class, above 0 and at most 0.5, got {stage.holdout!r}")
 
@@ -399,6 +486,18 @@ def _check_stage2(stage: Stage2) -> None:
         check_smoothing(stage.eps_1, stage.eps_k, stage.form, stage.power)
         if stage.smoothing_over not in SMOOTHING:
             unknown("stage2.smoothing_over", stage.smoothing_over, SMOOTHING)
+
+
+def _check_few_shot(stage: FewShot) -> None:
+    if stage.shots < 1:
+        raise MislasError(f"stage2.shots must be at least 1, got {stage.shots!r}")
+
+
+def _check_memory(stage: Memory) -> None:
+    if not stage.centroid_weight >= 0:
+        raise MislasError(f"stage2.centroid_weight must be >= 0, got {stage.centroid_weight!r}")
+    if stage.backbone_lr is not None and not stage.backbone_lr > 0:
+        raise MislasError(f"stage2.backbone_lr must be > 0, or null to freeze the backbone, got {stage.backbone_lr!r}")
 
 
 def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .config import Adjustment, RunConfig, Stage1, Stage2
+from .config import Adjustment, Memory, RunConfig, Stage1, Stage2, stage2_kind
 from .data import LISTS, dataset_name
 from .errors import unknown
 from .losses import LOSSES, Loss
@@ -87,8 +87,9 @@ class Method:
         mixup: whether Stage-1 mixes; alpha is the dataset's (1 on CIFAR).
         longer: Stage-1's epochs as a multiple of the dataset's.
         stage1: fields of :class:`Stage1` that differ from the dataset's settings.
-        stage2: fields of :class:`Stage2`, or of :class:`Adjustment` (with ``rule``), or None for a one-stage method.
-            With ``loss="las"`` the dataset's eps_1 and eps_k are filled in.
+        stage2: fields of :class:`Stage2`, of :class:`Adjustment` (with ``rule``), of :class:`FewShot` (with ``shots``)
+            or of :class:`Memory` (with ``centroid_weight``), or None for a one-stage method. With ``loss="las"`` the
+            dataset's eps_1 and eps_k are filled in.
     """
 
     title: str
@@ -112,14 +113,18 @@ class Method:
 CAO = "Cao et al., Learning imbalanced datasets with label-distribution-aware margin loss, NeurIPS 2019"
 CHOU = "Chou et al., Remix: Rebalanced mixup, ECCV Workshops 2020"
 CUI = "Cui et al., Class-balanced loss based on effective number of samples, CVPR 2019"
+GIDARIS = "Gidaris and Komodakis, Dynamic few-shot visual learning without forgetting, CVPR 2018"
 GUO = "Guo et al., On calibration of modern neural networks, ICML 2017"
 KANG = "Kang et al., Decoupling representation and classifier for long-tailed recognition, ICLR 2020"
 LIN = "Lin et al., Focal loss for dense object detection, ICCV 2017"
+LIU = "Liu et al., Large-scale long-tailed recognition in an open world, CVPR 2019"
 MENON = "Menon et al., Long-tail learning via logit adjustment, ICLR 2021"
 MISLAS = "Improving calibration for long-tailed recognition (the paper)"
+OH_SONG = "Oh Song et al., Deep metric learning via lifted structured feature embedding, CVPR 2016"
 REN = "Ren et al., Balanced meta-softmax for long-tailed visual recognition, NeurIPS 2020"
 YUN = "Yun et al., CutMix: Regularization strategy to train strong classifiers with localizable features, ICCV 2019"
 ZHANG = "Zhang et al., mixup: Beyond empirical risk minimization, ICLR 2018"
+ZHANG_RANGE = "Zhang et al., Range loss for deep face recognition with long-tailed training data, ICCV 2017"
 ZHOU = "Zhou et al., BBN: Bilateral-branch network with cumulative learning, CVPR 2020"
 
 # Parts that rows share. Deferral starts after 80% of the epochs, 160 of 200 (Cao et al.).
@@ -202,6 +207,22 @@ ONE_STAGE: dict[str, Method] = {
         "Balanced softmax", "Cross-entropy of logits shifted by the log of the class frequencies.", REN, (),
         r"l = -\log \frac{N_y e^{z_y}}{\sum_i N_i e^{z_i}}", stage1=dict(loss="logit_adjusted", adjustment=1.0),
     ),
+    # Features of unit length; that, and the weights of 0.1, are ours: see mislas.metric.
+    "lifted": Method(
+        "Lifted Loss", "Cross-entropy, and of every two images of a class a distance below that to any other class.",
+        OH_SONG, (8,),
+        r"l = -\log p_y + \frac{0.1}{2 |P|} \sum_{(i, j) \in P} \max(0, J_{ij})^2, \quad J_{ij} = D_{ij} + "
+        r"\log \Big( \sum_{k: y_k \ne y_i} e^{1 - D_{ik}} + \sum_{k: y_k \ne y_j} e^{1 - D_{jk}} \Big)",
+        stage1=dict(metric="lifted", metric_weight=0.1),
+    ),
+    "range": Method(
+        "Range Loss", "Cross-entropy, and in every batch tighter classes and a gap between the two nearest centres.",
+        ZHANG_RANGE, (4, 8),
+        r"l = -\log p_y + 0.1 \Big( \sum_k \frac{2}{1 / D_1^{(k)} + 1 / D_2^{(k)}} + "
+        r"\max(0, 1 - \min_{j \ne k} \lVert m_j - m_k \rVert^2) \Big), \quad D_1^{(k)}, D_2^{(k)} "
+        r"\text{: the largest squared distances within class } k",
+        stage1=dict(metric="range", metric_weight=0.1),
+    ),
 }  # fmt: skip
 
 #: Decoupled methods: how the classifier is found on a frozen backbone. Each comes with and without mixup in Stage-1,
@@ -247,6 +268,28 @@ def _decoupled() -> dict[str, Method]:
     return found
 
 
+#: Stage-2 looks at images of the training set while it classifies: what it learns is how to use them.
+MEMORY: dict[str, Method] = {
+    # Stage-1's scale of cosines is where theirs starts; it is learned in Stage-2. What is novel: see mislas.fewshot.
+    "fslwf": Method(
+        "FSLwF", "Learn to make a class's weights from a few images and other classes' weights; use it on rare ones.",
+        GIDARIS, (4, 8),
+        r"z_k = \tau \cos(w_k, x), \quad w_{\mathrm{few}} = \phi_{\mathrm{avg}} \odot \tfrac1N \sum_i \bar x_i + "
+        r"\phi_{\mathrm{att}} \odot \tfrac1N \sum_i \sum_b a_{ib} \bar w_b, \quad a_i = \mathrm{softmax}_b \, "
+        r"\gamma \cos(\Phi \bar x_i, \kappa_b)",
+        stage1=dict(scale=10.0), stage2=dict(shots=5),
+    ),
+    # As the authors' code for ImageNet-LT, but as long as Stage-1, and without modulated attention: see mislas.memory.
+    "oltr": Method(
+        "OLTR", "Enrich features from a memory of class centroids, and train on with balanced classes.",
+        LIU, (4, 8),
+        r"v = \tfrac{10}{\gamma} \big( x + \tanh(T x) \odot \sum_i o_i c_i \big), \; o = \mathrm{softmax}(H x), \; "
+        r"\gamma = \min_i \lVert x - c_i \rVert, \quad z_k = 16 \, \tfrac{\lVert v \rVert}{1 + \lVert v \rVert} "
+        r"\cos(w_k, v), \quad l = -\log p_y + 0.01 \, l_{\mathrm{centroids}}",
+        stage2=dict(centroid_weight=0.01, backbone_lr=0.1),
+    ),
+}  # fmt: skip
+
 AFTER_TRAINING: dict[str, Method] = {
     "logit-adjustment": Method(
         "Logit adjustment", "Subtract the log of the class frequencies from the plain model's logits.", MENON, (),
@@ -275,7 +318,7 @@ THE_PAPER: dict[str, Method] = {
     ),
 }  # fmt: skip
 
-METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | AFTER_TRAINING | THE_PAPER
+METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | MEMORY | AFTER_TRAINING | THE_PAPER
 
 
 def configure(
@@ -309,15 +352,16 @@ def configure(
     }
     stage1 = Stage1(**settings.stage1 | ours | recipe.stage1)
     stage2 = None
-    if recipe.stage2 is not None and "rule" in recipe.stage2:
-        stage2 = Adjustment(**recipe.stage2)
-    elif recipe.stage2 is not None:
-        filled = {}
+    if recipe.stage2 is not None:
+        kind = stage2_kind(recipe.stage2)
+        filled = {} if kind is Adjustment else dict(settings.stage2)
+        if kind is Memory:  # as long as Stage-1 and as it, but for its warm-up
+            filled = {key: value for key, value in settings.stage1.items() if key != "warmup"}
         if recipe.stage2.get("delta"):
             filled["delta_lr"] = settings.delta_lr
         if recipe.stage2.get("loss") == "las":
             filled |= {"eps_1": settings.eps_1, "eps_k": settings.eps_k}
-        stage2 = Stage2(**settings.stage2 | filled | recipe.stage2)
+        stage2 = kind(**filled | recipe.stage2)
     config = RunConfig(dataset, imbalance, settings.backbone, seed, settings.precision, stage1, stage2, method)
     return config.override(overrides or {})
 

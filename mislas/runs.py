@@ -30,11 +30,13 @@ from torch import nn
 from . import __version__
 from .adjust import adjust
 from .augment import Images
-from .config import Adjustment, RunConfig
+from .config import Adjustment, FewShot, Memory, RunConfig
 from .data import Dataset, load, write_atomically
 from .errors import MislasError, RecordError
 from .evaluate import Predictions, predict, summarise
+from .fewshot import train_few_shot
 from .lists import ListDataset
+from .memory import train_memory
 from .models import GeneralisedClassifier, find_weights, stage1_model
 from .train import Options, Trained, plain_images, train_stage1, train_stage2
 
@@ -263,6 +265,9 @@ def _run_group(
         stage1 = store.get_weights(first.stage1_only, data.num_classes)
         if isinstance(first.stage2, Adjustment):
             trained = adjust(group, stage1, data, options)
+        elif isinstance(first.stage2, FewShot | Memory):
+            train = train_few_shot if isinstance(first.stage2, FewShot) else train_memory
+            trained = train(first, stage1, data, options, checkpoint, along_the_way)
         else:
             trained = train_stage2(group, stage1, data, options, checkpoint, along_the_way)
     finish(group, trained, data, test, store, options)

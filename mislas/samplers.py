@@ -18,16 +18,16 @@ def instance_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarr
 
 def class_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
     """Independent draws: a class uniformly, then one of its images uniformly (Kang et al., 2020, q = 0)."""
-    return _one_image_each(rng, targets, rng.integers(int(targets.max()) + 1, size=len(targets)))
+    return one_image_each(rng, targets, rng.integers(int(targets.max()) + 1, size=len(targets)))
 
 
 def reverse(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
     """Independent draws: a class with odds 1 / N_k, then one of its images uniformly (Zhou et al., 2020, 4.2)."""
     odds = 1 / np.bincount(targets)
-    return _one_image_each(rng, targets, rng.choice(len(odds), size=len(targets), p=odds / odds.sum()))
+    return one_image_each(rng, targets, rng.choice(len(odds), size=len(targets), p=odds / odds.sum()))
 
 
-def _one_image_each(rng: np.random.Generator, targets: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def one_image_each(rng: np.random.Generator, targets: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """An image of each of ``classes``, uniformly among the images of that class."""
     order, counts = np.argsort(targets, kind="stable"), np.bincount(targets)
     starts = np.cumsum(counts) - counts

@@ -28,6 +28,7 @@ from .errors import MislasError, RecordError
 from .lists import ListDataset
 from .losses import effective_number_weights, mean
 from .methods import loss_for
+from .metric import METRICS
 from .models import (
     GeneralisedClassifier,
     freeze_but_last_block,
@@ -324,7 +325,11 @@ def train_stage1(
         for batch in batches.epoch(epoch):
             with precision:
                 features = forward(batch.images)
-            yield [objective(head(features.float()), batch, epoch)]
+            features = features.float()
+            loss = objective(head(features), batch, epoch)
+            if stage.metric is not None:
+                loss = loss + stage.metric_weight * METRICS[stage.metric](features, batch.targets)
+            yield [loss]
 
     def two_branches(epoch: int) -> Iterator[list[Tensor]]:
         alpha = 1 - (epoch / stage.epochs) ** 2  # parabolic decay (Zhou et al., 2020, equation 3)

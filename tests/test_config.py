@@ -4,7 +4,7 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from mislas.config import Adjustment, RunConfig, Stage1, Stage2, field_names
+from mislas.config import Adjustment, FewShot, Memory, RunConfig, Stage1, Stage2, field_names
 from mislas.errors import MislasError
 from mislas.methods import configure
 
@@ -72,9 +72,14 @@ ELSEWHERE = {
     "stage1.second_sampler": ("ce", {"second_sampler": "class_balanced"}),
     "stage1.holdout": ("temperature", {"holdout": 0.2}),
     "stage1.weights": ("ce", {"weights": "0123abcd", "backbone": "resnet50"}),
+    "stage1.metric": ("lifted", {"metric": "range"}),
+    "stage1.metric_weight": ("lifted", {"metric_weight": 0.2}),
     "stage2.rule": ("temperature", {"rule": "tau_norm"}),
     "stage2.value": ("temperature", {"value": 1.5}),
     "stage2.shift_epochs": ("ncm", {"shift_epochs": 1}),
+    "stage2.shots": ("fslwf", {"shots": 1}),
+    "stage2.centroid_weight": ("oltr", {"centroid_weight": 0.1}),
+    "stage2.backbone_lr": ("oltr", {"backbone_lr": None}),
 }
 
 
@@ -181,7 +186,7 @@ def test_an_unknown_field_lists_near_names_first(key, near):
 def test_fields_are_those_of_the_dataclasses_except_the_label():
     expected = {f.name for f in fields(RunConfig)} - {"stage1", "stage2", "method"}
     expected |= {f"stage1.{f.name}" for f in fields(Stage1)}
-    expected |= {f"stage2.{f.name}" for owner in (Stage2, Adjustment) for f in fields(owner)}
+    expected |= {f"stage2.{f.name}" for owner in (Stage2, Adjustment, FewShot, Memory) for f in fields(owner)}
     assert set(field_names()) == expected
 
 
@@ -286,6 +291,12 @@ def test_a_value_outside_its_range_is_refused_when_configured(changes, message):
         ("ce", {"mix": "cutmix"}, "needs stage1.mixup, its alpha"),
         ("mixup", {"mix": "remix"}, "remix_tau go with mix='remix'"),
         ("bbn", {"mixup": 1.0}, "two branches mix features in place of images"),
+        ("range", {"metric": "rnage"}, "unknown stage1.metric 'rnage'; did you mean 'range'"),
+        ("range", {"metric_weight": -0.1}, "stage1.metric_weight >= 0 goes with metric and only with it, got -0.1"),
+        ("range", {"metric_weight": None}, "stage1.metric_weight >= 0 goes with metric"),
+        ("ce", {"metric_weight": 0.1}, "stage1.metric_weight >= 0 goes with metric"),
+        ("lifted", {"mixup": 1.0}, "stage1.metric compares images of one class each: stage1.mixup"),
+        ("lifted", {"second_sampler": "reverse"}, "stage1.mixup and stage1.second_sampler must be null"),
         ("lws", {"second_sampler": "reverse"}, "stage2 needs a linear classifier"),
         ("temperature", {"holdout": None}, "'temperature' chooses its value on held-out images"),
         ("temperature", {"holdout": 0.6}, "stage1.holdout is a share of each class"),
@@ -300,6 +311,42 @@ def test_settings_of_other_methods_are_checked_too(method, changes, message):
     with pytest.raises(MislasError, match=re.escape(message)) as caught:
         configure("digits", method, overrides=changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("fslwf", {"shots": 0}, "stage2.shots must be at least 1, got 0"),
+        ("fslwf", {"scale": None}, "stage2 with shots needs a cosine classifier: set stage1.scale"),
+        ("fslwf", {"second_sampler": "reverse"}, "stage1.second_sampler must be null"),
+        ("fslwf", {"stage2.lr": 0.0}, "stage2.lr must be > 0"),
+        ("oltr", {"centroid_weight": -1.0}, "stage2.centroid_weight must be >= 0, got -1.0"),
+        ("oltr", {"backbone_lr": 0.0}, "stage2.backbone_lr must be > 0, or null to freeze the backbone, got 0.0"),
+        ("oltr", {"scale": 16.0}, "stage2 needs a linear classifier: stage1.scale"),
+        ("oltr", {"stage2.sampler": "balanced"}, "unknown stage2.sampler 'balanced'"),
+    ],
+)
+def test_settings_of_the_memory_methods_are_checked(method, changes, message):
+    with pytest.raises(MislasError, match=re.escape(message)) as caught:
+        configure("digits", method, overrides=changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_oltr_trains_as_long_as_stage1():
+    stage1, stage2 = (getattr(configure("cifar10", "oltr"), stage) for stage in ("stage1", "stage2"))
+    for key in ("epochs", "batch_size", "lr", "weight_decay", "schedule"):
+        assert getattr(stage1, key) == getattr(stage2, key)
+    assert (stage2.sampler, stage2.backbone_lr, stage2.centroid_weight) == ("class_cyclic", 0.1, 0.01)
+
+
+def test_few_shot_learning_has_stage2s_schedule_and_passes_over_what_it_does_not_know():
+    config = configure("cifar10", "fslwf")
+    stage2 = config.stage2
+    assert (stage2.epochs, stage2.batch_size, stage2.lr, stage2.shots) == (10, 128, 0.1, 5)
+    assert config.override({"stage2.mixup": 0.2, "stage2.loss": "las", "eps_1": 0.5, "delta_lr": 0.3}) == config
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert config.stage1_only.method == "ce+cosine"
+    assert config.shared_pass == config.id
 
 
 def test_eps_beyond_the_papers_range_warns_when_configured():

@@ -275,6 +275,16 @@ def test_the_first_epoch_of_two_branches_trains_on_the_conventional_one_alone(di
     assert not torch.equal(trained.heads[0].weight[:, :64], head.weight[:, :64])
 
 
+@pytest.mark.parametrize("method", ["lifted", "range"])
+def test_a_metric_loss_of_weight_0_is_cross_entropy_alone_and_otherwise_it_counts(digits, options, trained, method):
+    without = train_stage1(digits_config(method, epochs=1, metric_weight=0.0), digits, options)
+    assert_equal(without.backbone.state_dict(), trained[0].state_dict())
+    assert_equal(without.heads[0].state_dict(), trained[1].state_dict())
+    with_it = train_stage1(digits_config(method, epochs=1), digits, options)
+    assert not torch.equal(with_it.backbone.conv.weight, without.backbone.conv.weight)
+    assert with_it.histories[0][0]["train_loss"] > without.histories[0][0]["train_loss"]
+
+
 @pytest.mark.parametrize("method", ONE_STAGE)
 def test_every_one_stage_method_learns_digits(method, options):
     """Chance is 0.1; a fifth of the schedule is enough to be far from it."""
@@ -426,7 +436,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(digits, options, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the host's waits for a GPU")
-@pytest.mark.parametrize("method", ["ce", "mixup", "remix+drw", "cutmix", "ldam", "bbn", "mislas"])
+@pytest.mark.parametrize("method", ["ce", "mixup", "remix+drw", "cutmix", "ldam", "bbn", "lifted", "range", "mislas"])
 def test_the_host_waits_for_the_gpu_once_an_epoch_not_once_a_step(digits, method):
     def waits(batch_size):
         sizes = {"batch_size": batch_size, "stage2.batch_size": batch_size}

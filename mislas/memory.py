@@ -1,0 +1,138 @@
+"""OLTR (Liu et al., 2019): a memory of class centroids enriches the features of an image before it is classified.
+
+Forms and constants are those of the authors' code (stage 2 of ImageNet-LT). Its modulated attention is left out: it
+works on the feature map inside the backbone, and ours ends in features.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .adjust import nearest_class_mean
+from .augment import Images
+from .config import RunConfig
+from .data import Dataset
+from .evaluate import predict
+from .losses import cross_entropy
+from .models import CosineClassifier, init_kaiming
+from .train import Batches, Options, Trained, _loop, autocast, torch_rng
+
+CENTROID_LR = 0.1  # the centroids' learning rate, as a ratio of the classifier's
+
+
+class MetaEmbedding(nn.Module):
+    r"""Dynamic meta-embedding and the cosine classifier on it (their section 3).
+
+    ``v = reach / gamma * (x + e * m)`` with ``m = sum_i o_i c_i``, ``o = softmax(hallucinator x)``,
+    ``e = tanh(selector x)``, and reachability ``gamma = min_i |x - c_i|``; logits are
+    ``z_k = scale * |v| / (1 + |v|) * cos(w_k, v)``. The centroids learn from :meth:`centroid_loss` alone.
+
+    Args:
+        stage1: Stage-1's linear classifier, where the hallucinator starts; copied, never changed.
+        centroids: mean features of the classes, ``(K, M)``, where the memory starts.
+        scale, reach: 16 and 10 are theirs.
+        generator: randomness of the selector and the classifier.
+    """
+
+    def __init__(
+        self,
+        stage1: nn.Linear,
+        centroids: Tensor,
+        scale: float = 16.0,
+        reach: float = 10.0,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        classes, width = centroids.shape
+        self.reach = reach
+        self.hallucinator = copy.deepcopy(stage1)
+        self.selector = nn.Linear(width, width)
+        self.cosine = CosineClassifier(width, classes, scale)
+        init_kaiming(self.selector, generator)
+        init_kaiming(self.cosine, generator)
+        self.centroids = nn.Parameter(centroids.clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The classifier's weights, ``(K, M)``."""
+        return self.cosine.weight
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Meta-embeddings ``(B, M)``."""
+        memory = self.centroids.detach()
+        nearest = squared_distances(features, memory).amin(dim=1, keepdim=True).sqrt()
+        concepts = self.hallucinator(features).softmax(dim=1) @ memory
+        return self.reach / nearest * (features + self.selector(features).tanh() * concepts)
+
+    def forward(self, features: Tensor) -> Tensor:
+        embedded = self.embed(features)
+        length = embedded.norm(dim=1, keepdim=True)
+        return length / (1 + length) * self.cosine(embedded)
+
+    def centroid_loss(self, features: Tensor, targets: Tensor, margin: float = 10.0, repel: float = 0.01) -> Tensor:
+        """Discriminative centroid loss: features near their class's centroid and, on average, far from the others.
+
+        ``mean_n |x_n - c_y|^2 / 2 + repel * max(0, margin - sum_n sum_{k != y} |x_n - c_k|^2 / (B K))``.
+        """
+        distances = squared_distances(features, self.centroids)
+        own = distances.gather(1, targets[:, None])
+        return own.mean() / 2 + repel * (margin - (distances.sum() - own.sum()) / distances.numel()).clamp_min(0)
+
+    def parameter_groups(self, lr: float) -> list[dict]:
+        """Optimiser groups: the centroids at ``lr * CENTROID_LR``, the rest at ``lr``."""
+        rest = [parameter for parameter in self.parameters() if parameter is not self.centroids]
+        return [{"params": rest, "lr": lr}, {"params": [self.centroids], "lr": lr * CENTROID_LR}]
+
+
+def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
+    """Squared Euclidean distances ``(B, K)``, above 0: as a product of matrices, since K may be thousands."""
+    lengths = points.square().sum(dim=1, keepdim=True) + centroids.square().sum(dim=1)
+    return (lengths - 2 * points @ centroids.T).clamp_min(1e-6)
+
+
+def train_memory(
+    config: RunConfig,
+    stage1: tuple[nn.Module, nn.Linear],
+    data: Dataset,
+    options: Options,
+    checkpoint: Path | None = None,
+    evaluate: Callable | None = None,
+) -> Trained:
+    """Learn memory, meta-embedding and classifier, and train the backbone on with them.
+
+    Args:
+        config: its ``stage2`` is a Memory.
+        stage1: the trained backbone, changed in place if it trains on, and its linear classifier.
+    """
+    stage, device = config.stage2, options.torch_device()
+    if config.stage1.holdout is not None:
+        data, _ = data.hold_out(config.stage1.holdout)
+    network, classifier = stage1
+    trains = stage.backbone_lr is not None
+    network.to(device, memory_format=torch.channels_last).requires_grad_(trains)
+    plain = Images(data.train_images, data.spec.mean, data.spec.std, padding=0, device=device)
+    means = nearest_class_mean(predict(network, [nn.Identity()], plain)[0], data.train_targets, data.num_classes).weight
+    head = MetaEmbedding(classifier, means.detach(), generator=torch_rng(config.seed, "stage2 head")).to(device)
+    groups = head.parameter_groups(stage.lr)
+    if trains:
+        groups.append({"params": list(network.parameters()), "lr": stage.lr * stage.backbone_lr})
+    batches, precision = Batches(data, stage, "stage2", config.seed, device), autocast(config, device)
+    forward = torch.compile(network, dynamic=False) if options.compile else network
+
+    def steps(epoch: int) -> Iterator[list[Tensor]]:
+        for batch in batches.epoch(epoch):
+            with precision:
+                features = forward(batch.images)
+            features = features.float()
+            loss = cross_entropy(head(features), batch.targets).mean()
+            yield [loss + stage.centroid_weight * head.centroid_loss(features, batch.targets)]
+
+    return _loop(
+        [config], "stage2", network, [head], [groups], steps, len(data.train_targets), options, checkpoint, evaluate,
+        train_mode=trains,
+    )  # fmt: skip

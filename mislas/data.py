@@ -193,8 +193,12 @@ class Dataset:
             DataError: a class would be left without an image.
         """
         out = in_last_place(self.train_targets, self.class_counts, share)
-        kept = dataclasses.replace(self, train_images=self.train_images[~out], train_targets=self.train_targets[~out])
-        return kept, out.nonzero()[:, 0]
+        return self.only(~out), out.nonzero()[:, 0]
+
+    def only(self, which: Tensor, targets: Tensor | None = None) -> Dataset:
+        """This dataset with the training images in ``which``, bool ``(N,)``, alone; with other labels if given."""
+        targets = self.train_targets[which] if targets is None else targets
+        return dataclasses.replace(self, train_images=self.train_images[which], train_targets=targets)
 
     @cached_property
     def checksum(self) -> str:

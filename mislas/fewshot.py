@@ -23,17 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from .augment import Images
 from .config import RunConfig
 from .data import Dataset
 from .evaluate import predict
+from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier
 from .samplers import one_image_each
-from .train import Batches, Options, Trained, _loop, autocast, draw_batches, host_rng, torch_rng
+from .train import Options, Trained, _loop, autocast, batches_of, host_rng, plain_images, torch_rng
 
 
-def base_and_novel(data: Dataset) -> tuple[list[int], list[int]]:
+def base_and_novel(data: Dataset | ListDataset) -> tuple[list[int], list[int]]:
     """The classes with enough images to learn from, and those with few, each in order.
 
     Novel are the few-shot classes. Where there are none, or less than two others, it is the third with the fewest
@@ -145,7 +145,7 @@ def draw_episodes(
 def train_few_shot(
     config: RunConfig,
     stage1: tuple[nn.Module, CosineClassifier],
-    data: Dataset,
+    data: Dataset | ListDataset,
     options: Options,
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,
@@ -165,17 +165,14 @@ def train_few_shot(
     network, classifier = stage1
     network.to(device, memory_format=torch.channels_last).requires_grad_(False)
     base, novel = base_and_novel(data)
-    plain = Images(data.train_images, data.spec.mean, data.spec.std, padding=0, device=device)
+    plain = plain_images(data, options, torch.arange(len(data.train_targets)))
     features = predict(network, [nn.Identity()], plain)[0]
     shown = [features[data.train_targets == k] for k in novel]
     head = WeightGenerator(classifier, base, novel, shown, torch_rng(config.seed, "stage2 head")).to(device)
 
     inside = torch.isin(data.train_targets, torch.tensor(base))
     targets = torch.searchsorted(torch.tensor(base), data.train_targets[inside])
-    batches = Batches(
-        replace(data, train_images=data.train_images[inside], train_targets=targets),
-        stage, "stage2", config.seed, device,
-    )  # fmt: skip
+    batches = batches_of(data.only(inside, targets), stage, "stage2", config.seed, options)
     features = features[inside].to(device)
     precision, posing = autocast(config, device), max(1, min(len(novel), len(base) // 2))
     forward = torch.compile(network, dynamic=False) if options.compile else network
@@ -183,17 +180,15 @@ def train_few_shot(
 
     def episodes(epoch: int) -> Iterator[list[Tensor]]:
         rng = host_rng(config.seed, "episodes", epoch)
-        drawn = draw_episodes(rng, batches.targets_host, steps, posing, stage.shots)
-        draws = draw_batches(
-            host_rng(config.seed, "stage2", epoch), batches.targets_host, stage, batches.images.padding, batches.flip,
-            device,
-        )  # fmt: skip
-        for (crops, _, _), posed, images in zip(draws, *(torch.from_numpy(d).to(device) for d in drawn), strict=True):
+        drawn = draw_episodes(rng, targets.numpy(), steps, posing, stage.shots)
+        for batch, posed, images in zip(
+            batches.epoch(epoch), *(torch.from_numpy(d).to(device) for d in drawn), strict=True
+        ):
             with torch.no_grad(), precision:
-                x = forward(batches.images.batch(*crops))
+                x = forward(batch.images)
             logits = head.episode(x.float(), features[images], posed)
-            asked = (crops[0][:, None] != images.flatten()).all(dim=1).float()  # not about an image that is shown
-            losses = asked * cross_entropy(logits, batches.targets[crops[0]])
+            asked = (batch.index[:, None] != images.flatten()).all(dim=1).float()  # not about an image that is shown
+            losses = asked * cross_entropy(logits, batch.targets)
             yield [losses.sum() / asked.sum().clamp_min(1)]
 
     trained = _loop(

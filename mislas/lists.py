@@ -127,7 +127,12 @@ class ListDataset:
     def hold_out(self, share: float) -> tuple[ListDataset, Tensor]:
         """As :meth:`mislas.data.Dataset.hold_out`; a class is in the order of its list."""
         out = in_last_place(self.train_targets, self.class_counts, share)
-        return replace(self, train=self.train.only(~out)), out.nonzero()[:, 0]
+        return self.only(~out), out.nonzero()[:, 0]
+
+    def only(self, which: Tensor, targets: Tensor | None = None) -> ListDataset:
+        """As :meth:`mislas.data.Dataset.only`."""
+        train = self.train.only(which)
+        return replace(self, train=train if targets is None else replace(train, targets=targets))
 
     @property
     def prepared(self) -> str:

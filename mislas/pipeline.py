@@ -186,7 +186,7 @@ class ImageBatches:
         """One epoch of augmented batches: random resized crop, mirror, colour jitter where the dataset has it.
 
         Args:
-            rng: of this epoch; every rank passes an equal one.
+            rng: of this epoch; every rank passes an equal one. The order of the images is what is drawn first.
             sampler: name in :data:`mislas.samplers.SAMPLERS`.
 
         Yields:

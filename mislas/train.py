@@ -8,7 +8,6 @@ exactly as it would be alone.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -154,12 +153,14 @@ class Batch:
         targets: ``(B,)``.
         partner_targets: labels that were mixed in, ``(B,)``, or None.
         weight: weight of the image's own label in 0..1: one number, or one per image (Remix).
+        index: places of the images in the training set, ``(B,)``, where a batch comes from one.
     """
 
     images: Tensor
     targets: Tensor
     partner_targets: Tensor | None = None
     weight: float | Tensor = 1.0
+    index: Tensor | None = None
 
 
 def mixed(
@@ -180,7 +181,7 @@ def mixed(
         x, weight = mixup(x, lam, partner), lam
     if mix == "remix":
         weight = remix_weight(lam, counts[y], counts[other], stage.remix_kappa, stage.remix_tau)
-    return Batch(x, y, other, weight)
+    return Batch(x, y, other, weight, batch.index)
 
 
 class Batches:
@@ -201,7 +202,7 @@ class Batches:
             sampler or stage.sampler_in(epoch),
         )  # fmt: skip
         for drawn, lam, partner in draws:
-            batch = Batch(self.images.batch(*drawn), self.targets[drawn[0]])
+            batch = Batch(self.images.batch(*drawn), self.targets[drawn[0]], index=drawn[0])
             yield batch if partner is None else mixed(batch, stage, lam, partner, centres, self.counts)
 
 
@@ -221,16 +222,22 @@ class ListBatches:
     def epoch(self, epoch: int, sampler: str | None = None) -> Iterator[Batch]:
         """The batches of an epoch (from 0), by the stage's sampler or another."""
         stage, purpose = self.stage, (*self.purpose, epoch) if sampler is None else (*self.purpose, epoch, sampler)
-        plain = self.images.epoch(host_rng(*purpose), sampler or stage.sampler_in(epoch))
+        sampler = sampler or stage.sampler_in(epoch)
+        sizes = [stop - start for start, stop in self.images.pieces]
+        order = SAMPLERS[sampler](
+            host_rng(*purpose), self.images.images.targets.numpy()
+        )  # what images.epoch draws first
+        index = torch.from_numpy(order).to(self.device).split(sizes)
+        drawn = zip(self.images.epoch(host_rng(*purpose), sampler), index, strict=True)
+        plain = (Batch(images, targets, index=places) for (images, targets), places in drawn)
         if stage.mixup is None:
-            yield from itertools.starmap(Batch, plain)
+            yield from plain
             return
         rng, centres = host_rng(*purpose, "mix"), host_rng(*purpose, "centres")
-        sizes = [stop - start for start, stop in self.images.pieces]
         lams = rng.beta(stage.mixup, stage.mixup, size=len(sizes))
         partners = torch.from_numpy(np.concatenate([rng.permutation(size) for size in sizes])).to(self.device)
-        for images, lam, partner in zip(plain, lams, partners.split(sizes), strict=True):
-            yield mixed(Batch(*images), stage, float(lam), partner, centres, self.counts)
+        for batch, lam, partner in zip(plain, lams, partners.split(sizes), strict=True):
+            yield mixed(batch, stage, float(lam), partner, centres, self.counts)
 
 
 def batches_of(

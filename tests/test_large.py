@@ -112,6 +112,26 @@ def test_rules_and_held_out_images_work_on_files(tmp_path, data):
     assert set(last) <= set(held.tolist())
 
 
+def test_the_memory_and_metric_families_work_on_files(tmp_path):
+    """Lifted and range loss see features of files, FSLwF and OLTR their images again: with and without batches."""
+    methods = ("lifted", "range", "fslwf", "oltr")
+    records = run(
+        [quick(m, **{"stage1.epochs": 1, "stage2.batch_size": 64}) for m in methods], Store(tmp_path), None, OPTIONS
+    )
+    for record in records:
+        assert np.isfinite(record.metrics["nll"])
+        assert len(record.arrays()["target"]) == 30
+
+
+def test_batches_say_where_their_images_are(data):
+    for stage in (quick("mixup").stage1, quick("crt").stage2):
+        batches = batches_of(data, stage, "stage1", 0, OPTIONS)
+        for batch in batches.epoch(1):
+            assert torch.equal(data.train_targets[batch.index], batch.targets)
+    plain = batches_of(data, replace(stage, sampler="instance_balanced"), "stage2", 0, OPTIONS).epoch(0)
+    assert torch.cat([batch.index for batch in plain]).sort()[0].tolist() == list(range(256))
+
+
 def test_two_branches_take_a_torchvision_backbone(data):
     config = configure("generated", "bbn", overrides={"stage1.epochs": 1, "stage1.batch_size": 128})
     assert config.backbone == "resnet10"

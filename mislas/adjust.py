@@ -18,7 +18,7 @@ from .augment import Images
 from .config import RunConfig
 from .data import Dataset
 from .evaluate import predict
-from .losses import check_counts
+from .losses import check_counts, class_balanced_mean
 from .train import Batches, Options, Trained, autocast
 
 TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit adjustment: 0, 0.1, ..., 2
@@ -60,12 +60,6 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
     return layer
-
-
-def class_balanced_mean(values: Tensor, targets: Tensor) -> Tensor:
-    """The mean over classes of each class's mean: ``values`` and ``targets`` are ``(N,)``."""
-    weights = 1 / torch.bincount(targets).to(values)[targets]
-    return (weights * values).sum() / weights.sum()
 
 
 def best_tau(adjusted: Callable[[float], nn.Linear], features: Tensor, targets: Tensor) -> float:

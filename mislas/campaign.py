@@ -119,8 +119,9 @@ def _images(config: RunConfig) -> int:
 
 
 def _kind(config: RunConfig) -> tuple:
-    branches = config.stage2 is None and config.stage1.second_sampler is not None
-    return type(config.stage2).__name__, branches, config.backbone, config.precision, SPECS[config.dataset].size
+    one = config.stage1
+    kind = (one.second_sampler is not None, one.group, one.distillation is not None) if config.stage2 is None else ()
+    return type(config.stage2).__name__, kind, config.backbone, config.precision, SPECS[config.dataset].size
 
 
 def images_per_second(store: Store) -> dict[str, Rates]:

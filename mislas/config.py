@@ -23,6 +23,7 @@ PRECISIONS = ("fp32", "bf16")
 DELTAS = ("zeros", "fresh", "stage1")
 SMOOTHING = ("others", "all")
 MIXES = ("remix", "cutmix")
+GROUPS = ("many", "medium", "few")
 RULES = ("tau_norm", "ncm", "logit_adjustment", "temperature")
 
 # A field whose value is None is "off" and is left out of the canonical form. A field added later starts as None, so
@@ -54,6 +55,8 @@ class Stage1:
         holdout: share of each class's images kept out of training, to choose tau or a temperature on; in (0, 0.5].
         metric: name in :data:`mislas.metric.METRICS` of a loss of the features, added to ``loss``; None is none.
         metric_weight: what it is multiplied by, >= 0.
+        group: train on the classes of one group alone, ``"many"``, ``"medium"`` or ``"few"``: an expert on them.
+        distillation: temperature > 0 at which the three experts teach (:mod:`mislas.experts`); None is without them.
     """
 
     epochs: int
@@ -80,6 +83,8 @@ class Stage1:
     holdout: float | None = None
     metric: str | None = None
     metric_weight: float | None = None
+    group: str | None = None
+    distillation: float | None = None
 
     def deferred(self, epoch: int) -> bool:
         """Whether what is deferred is still to come in an epoch (from 0)."""
@@ -274,9 +279,21 @@ class RunConfig:
         method = "mixup" if self.stage1.mixup else self.stage1.loss
         if self.stage1.scale is not None:
             method += "+cosine"
+        if self.stage1.distillation is not None:
+            method += "+experts"
         if self.stage1.holdout is not None:
             method += "+holdout"
         return replace(self, stage2=None, method=method) if self.stage2 else self
+
+    @property
+    def experts(self) -> list[RunConfig]:
+        """The runs that teach this one's Stage-1, each a Stage-1 of its own; none without distillation."""
+        if self.stage1.distillation is None:
+            return []
+        plain = replace(self.stage1, distillation=None, sampler="instance_balanced")
+        return [
+            replace(self, stage1=replace(plain, group=group), stage2=None, method=f"expert+{group}") for group in GROUPS
+        ]
 
     @property
     def shared_pass(self) -> str:
@@ -445,6 +462,19 @@ def _check_stage1(stage: Stage1) -> None:
     if stage.metric is not None and (stage.mixup is not None or stage.second_sampler is not None):
         raise MislasError(
             "stage1.metric compares images of one class each: stage1.mixup and stage1.second_sampler must be null"
+        )
+    if stage.group is not None and stage.group not in GROUPS:
+        unknown("stage1.group", stage.group, GROUPS)
+    samplers = {stage.sampler, stage.deferred_sampler, stage.second_sampler} - {None}
+    if stage.group is not None and (samplers != {"instance_balanced"} or stage.distillation is not None):
+        raise MislasError("stage1.group takes 'instance_balanced' batches, one branch, and no distillation")
+    if stage.distillation is not None and not stage.distillation > 0:
+        raise MislasError(f"stage1.distillation is a temperature > 0, or null, got {stage.distillation!r}")
+    if stage.distillation is not None and stage.holdout is None:
+        raise MislasError("stage1.distillation compares student and experts on held-out images: set stage1.holdout")
+    if stage.distillation is not None and {stage.mixup, stage.second_sampler, stage.metric, stage.beta} != {None}:
+        raise MislasError(
+            "stage1.distillation weighs whole images: mixup, second_sampler, metric and beta of stage1 must be null"
         )
     if stage.holdout is not None and not 0 < stage.holdout <= 0.5:
         raise MislasError(f"stage1.holdout is a share of each class, above 0 and at most 0.5, got {stage.holdout!r}")

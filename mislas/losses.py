@@ -27,6 +27,12 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     return values.mean() if weights is None else (weights * values).sum() / weights.sum()
 
 
+def class_balanced_mean(values: Tensor, targets: Tensor) -> Tensor:
+    """The mean over classes of each class's mean: ``values`` and ``targets`` are ``(N,)``."""
+    weights = 1 / torch.bincount(targets).to(values)[targets]
+    return (weights * values).sum() / weights.sum()
+
+
 # ------------------------------------------------------------------------------------------ label-aware smoothing
 
 

@@ -24,6 +24,7 @@ from .augment import Images, cutmix, mixup, remix_weight
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import Dataset, write_atomically
 from .errors import MislasError, RecordError
+from .experts import Experts, of_group
 from .losses import effective_number_weights, mean
 from .methods import loss_for
 from .metric import METRICS
@@ -140,12 +141,14 @@ class Batch:
         targets: ``(B,)``.
         partner_targets: labels that were mixed in, ``(B,)``, or None.
         weight: weight of the image's own label in 0..1: one number, or one per image (Remix).
+        index: places of the images in the training set, ``(B,)``, where a batch comes from one.
     """
 
     images: Tensor
     targets: Tensor
     partner_targets: Tensor | None = None
     weight: float | Tensor = 1.0
+    index: Tensor | None = None
 
 
 class Batches:
@@ -168,7 +171,7 @@ class Batches:
         for drawn, lam, partner in draws:
             x, y = self.images.batch(*drawn), self.targets[drawn[0]]
             if partner is None:
-                yield Batch(x, y)
+                yield Batch(x, y, index=drawn[0])
                 continue
             mix, other = getattr(stage, "mix", None), y[partner]
             if mix == "cutmix":
@@ -177,7 +180,7 @@ class Batches:
                 x, weight = mixup(x, lam, partner), lam
             if mix == "remix":
                 weight = remix_weight(lam, self.counts[y], self.counts[other], stage.remix_kappa, stage.remix_tau)
-            yield Batch(x, y, other, weight)
+            yield Batch(x, y, other, weight, drawn[0])
 
 
 class Objective:
@@ -208,16 +211,27 @@ class Objective:
 
 
 def train_stage1(
-    config: RunConfig, data: Dataset, options: Options, checkpoint: Path | None = None, evaluate: Callable | None = None
+    config: RunConfig,
+    data: Dataset,
+    options: Options,
+    checkpoint: Path | None = None,
+    evaluate: Callable | None = None,
+    experts: Sequence[tuple[nn.Module, nn.Module]] = (),
 ) -> Trained:
     """Train backbone and classifier; resumes from ``checkpoint`` if it is there.
 
     The final weights are rounded to half precision, as they are stored: the model that is evaluated and built upon is
     the one in the file.
+
+    Args:
+        experts: with distillation, the trained models of :attr:`RunConfig.experts`, in order.
     """
     stage, device = config.stage1, options.torch_device()
+    whole, held = data, None
     if stage.holdout is not None:
-        data, _ = data.hold_out(stage.holdout)
+        data, held = data.hold_out(stage.holdout)
+    if stage.group is not None:
+        data = of_group(data, whole.groups, stage.group)
     network, head = stage1_model(
         config.backbone, data.num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
     )
@@ -243,6 +257,16 @@ def train_stage1(
                 loss = loss + stage.metric_weight * METRICS[stage.metric](features, batch.targets)
             yield [loss]
 
+    def taught(epoch: int) -> Iterator[list[Tensor]]:
+        expert_weights = teachers.expert_weights(network, head)
+        image_weights = teachers.image_weights(epoch / stage.epochs)
+        for batch in batches.epoch(epoch):
+            with precision:
+                features = forward(batch.images)
+            logits = head(features.float())
+            own = (image_weights[batch.index] * objective.loss(logits, batch.targets)).mean()
+            yield [own + teachers.teach(logits, batch.images, expert_weights)]
+
     def two_branches(epoch: int) -> Iterator[list[Tensor]]:
         alpha = 1 - (epoch / stage.epochs) ** 2  # parabolic decay (Zhou et al., 2020, equation 3)
         for pair in zip(batches.epoch(epoch), batches.epoch(epoch, stage.second_sampler), strict=True):
@@ -253,8 +277,13 @@ def train_stage1(
             yield [alpha * conventional + (1 - alpha) * rebalancing]  # their equation 2
 
     forward = torch.compile(network, dynamic=False) if options.compile else network
+    steps = two_branches if stage.second_sampler else one_branch
+    if stage.distillation is not None:
+        unseen = whole.train_images[held], whole.train_targets[held]
+        teachers = Experts(experts, whole.groups, data, unseen, stage.distillation, precision, device)
+        steps = taught
     trained = _loop(
-        [config], "stage1", network, [head], [groups], two_branches if stage.second_sampler else one_branch,
+        [config], "stage1", network, [head], [groups], steps,
         len(data.train_targets), options, checkpoint, evaluate, train_mode=True,
     )  # fmt: skip
     for module in (network, head):

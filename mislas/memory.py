@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from .adjust import nearest_class_mean
-from .augment import Images
 from .config import RunConfig
 from .data import Dataset
 from .evaluate import predict
+from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier, init_kaiming
-from .train import Batches, Options, Trained, _loop, autocast, torch_rng
+from .train import Options, Trained, _loop, autocast, batches_of, plain_images, torch_rng
 
 CENTROID_LR = 0.1  # the centroids' learning rate, as a ratio of the classifier's
 
@@ -98,7 +98,7 @@ def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
 def train_memory(
     config: RunConfig,
     stage1: tuple[nn.Module, nn.Linear],
-    data: Dataset,
+    data: Dataset | ListDataset,
     options: Options,
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,
@@ -115,13 +115,13 @@ def train_memory(
     network, classifier = stage1
     trains = stage.backbone_lr is not None
     network.to(device, memory_format=torch.channels_last).requires_grad_(trains)
-    plain = Images(data.train_images, data.spec.mean, data.spec.std, padding=0, device=device)
+    plain = plain_images(data, options, torch.arange(len(data.train_targets)))
     means = nearest_class_mean(predict(network, [nn.Identity()], plain)[0], data.train_targets, data.num_classes).weight
     head = MetaEmbedding(classifier, means.detach(), generator=torch_rng(config.seed, "stage2 head")).to(device)
     groups = head.parameter_groups(stage.lr)
     if trains:
         groups.append({"params": list(network.parameters()), "lr": stage.lr * stage.backbone_lr})
-    batches, precision = Batches(data, stage, "stage2", config.seed, device), autocast(config, device)
+    batches, precision = batches_of(data, stage, "stage2", config.seed, options), autocast(config, device)
     forward = torch.compile(network, dynamic=False) if options.compile else network
 
     def steps(epoch: int) -> Iterator[list[Tensor]]:

@@ -25,6 +25,7 @@ from .augment import Images, cutmix, mixup, remix_weight
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import Dataset, write_atomically
 from .errors import MislasError, RecordError
+from .experts import Experts, of_group
 from .lists import ListDataset
 from .losses import effective_number_weights, mean
 from .methods import loss_for
@@ -154,12 +155,14 @@ class Batch:
         targets: ``(B,)``.
         partner_targets: labels that were mixed in, ``(B,)``, or None.
         weight: weight of the image's own label in 0..1: one number, or one per image (Remix).
+        index: places of the images in the training set, ``(B,)``, where a batch comes from one.
     """
 
     images: Tensor
     targets: Tensor
     partner_targets: Tensor | None = None
     weight: float | Tensor = 1.0
+    index: Tensor | None = None
 
 
 def mixed(
@@ -180,7 +183,7 @@ def mixed(
         x, weight = mixup(x, lam, partner), lam
     if mix == "remix":
         weight = remix_weight(lam, counts[y], counts[other], stage.remix_kappa, stage.remix_tau)
-    return Batch(x, y, other, weight)
+    return Batch(x, y, other, weight, batch.index)
 
 
 class Batches:
@@ -201,7 +204,7 @@ class Batches:
             sampler or stage.sampler_in(epoch),
         )  # fmt: skip
         for drawn, lam, partner in draws:
-            batch = Batch(self.images.batch(*drawn), self.targets[drawn[0]])
+            batch = Batch(self.images.batch(*drawn), self.targets[drawn[0]], index=drawn[0])
             yield batch if partner is None else mixed(batch, stage, lam, partner, centres, self.counts)
 
 
@@ -292,6 +295,7 @@ def train_stage1(
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,
     weights: Path | None = None,
+    experts: Sequence[tuple[nn.Module, nn.Module]] = (),
 ) -> Trained:
     """Train backbone and classifier; resumes from ``checkpoint`` if it is there.
 
@@ -300,10 +304,16 @@ def train_stage1(
 
     The final weights are rounded to half precision, as they are stored: the model that is evaluated and built upon is
     the one in the file.
+
+    Args:
+        experts: with distillation, the trained models of :attr:`RunConfig.experts`, in order.
     """
     stage, device = config.stage1, options.torch_device()
+    whole, held = data, None
     if stage.holdout is not None:
-        data, _ = data.hold_out(stage.holdout)
+        data, held = data.hold_out(stage.holdout)
+    if stage.group is not None:
+        data = of_group(data, whole.groups, stage.group)
     network, head = stage1_model(
         config.backbone, data.num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
     )
@@ -331,18 +341,35 @@ def train_stage1(
                 loss = loss + stage.metric_weight * METRICS[stage.metric](features, batch.targets)
             yield [loss]
 
+    def taught(epoch: int) -> Iterator[list[Tensor]]:
+        expert_weights = teachers.expert_weights(network, head)
+        image_weights = teachers.image_weights(epoch / stage.epochs)
+        for batch in batches.epoch(epoch):
+            with precision:
+                features = forward(batch.images)
+            logits = head(features.float())
+            own = (image_weights[batch.index] * objective.loss(logits, batch.targets)).mean()
+            yield [own + teachers.teach(logits, batch.images, expert_weights)]
+
     def two_branches(epoch: int) -> Iterator[list[Tensor]]:
-        alpha = 1 - (epoch / stage.epochs) ** 2  # parabolic decay (Zhou et al., 2020, equation 3)
+        alpha = 1 - (epoch / stage.epochs) ** 2  # parabolic decay (Zhou et al., 2020)
         for pair in zip(batches.epoch(epoch), batches.epoch(epoch, stage.second_sampler), strict=True):
             with precision:
-                features = [network.branch(batch.images, which) for which, batch in enumerate(pair)]
+                features = [branch(batch.images, which) for which, batch in enumerate(pair)]
             logits = head(mix_branches(*features, alpha).float())
             conventional, rebalancing = (objective(logits, batch, epoch) for batch in pair)
-            yield [alpha * conventional + (1 - alpha) * rebalancing]  # their equation 2
+            yield [alpha * conventional + (1 - alpha) * rebalancing]
 
     forward = torch.compile(network, dynamic=False) if options.compile else network
+    if stage.second_sampler:
+        branch = torch.compile(network.branch, dynamic=False) if options.compile else network.branch
+    steps = two_branches if stage.second_sampler else one_branch
+    if stage.distillation is not None:
+        unseen = whole.train_images[held], whole.train_targets[held]
+        teachers = Experts(experts, whole.groups, data, unseen, stage.distillation, precision, device)
+        steps = taught
     trained = _loop(
-        [config], "stage1", network, [head], [groups], two_branches if stage.second_sampler else one_branch,
+        [config], "stage1", network, [head], [groups], steps,
         len(data.train_targets), options, checkpoint, evaluate, train_mode=True,
     )  # fmt: skip
     for module in (network, head):

@@ -1,5 +1,5 @@
 # Every target makes the environment that it needs, in .venv, from the package registry.
-#   make book    build the book into _build/html, from the measured runs in results/ (trains nothing)
+#   make book    build the book into _build/html, from the measured runs in results/ (seconds of training in all)
 #   make test    lint, unit tests, and every notebook run live in the tiny profile
 #   make tiny    the quickest look: train two methods on scikit-learn's digits
 #   make bench   how fast it is on this machine, as ratios

@@ -18,23 +18,23 @@ from .config import RunConfig
 from .data import Dataset
 from .evaluate import predict
 from .lists import ListDataset
-from .losses import check_counts
+from .losses import check_counts, class_balanced_mean
 from .train import Options, Trained, autocast, batches_of, plain_images
 
 TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit adjustment: 0, 0.1, ..., 2
 
 
 def tau_normalised(classifier: nn.Linear, tau: float) -> nn.Linear:
-    """``z_k = (w_k x + b_k) / |w_k|^tau`` (Kang et al., 2020, 4.2, where there is no bias). Tau 0 changes nothing."""
+    """``z_k = (w_k x + b_k) / |w_k|^tau`` (Kang et al., 2020, where there is no bias). Tau 0 changes nothing."""
     factor = classifier.weight.norm(dim=1) ** -tau
     return _linear(classifier.weight * factor[:, None], classifier.bias * factor)
 
 
 def nearest_class_mean(features: Tensor, targets: Tensor, num_classes: int) -> nn.Linear:
-    """``z_k = m_k x - |m_k|^2 / 2``, largest for the class whose mean feature m_k is nearest (Kang et al., 2020, 4.2).
+    """``z_k = m_k x - |m_k|^2 / 2``, largest for the class whose mean feature m_k is nearest (Kang et al., 2020).
 
-    Up to a term that all classes share it is ``-|x - m_k|^2 / 2``: probabilities are those of classes that are
-    Gaussian with unit covariance.
+    Features are taken as they are, where Kang et al. normalise them. Up to a term that all classes share it is
+    ``-|x - m_k|^2 / 2``: probabilities are those of classes that are Gaussian with unit covariance.
 
     Args:
         features: of the training images, ``(N, M)``.
@@ -60,12 +60,6 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
     return layer
-
-
-def class_balanced_mean(values: Tensor, targets: Tensor) -> Tensor:
-    """The mean over classes of each class's mean: ``values`` and ``targets`` are ``(N,)``."""
-    weights = 1 / torch.bincount(targets).to(values)[targets]
-    return (weights * values).sum() / weights.sum()
 
 
 def best_tau(adjusted: Callable[[float], nn.Linear], features: Tensor, targets: Tensor) -> float:

@@ -96,7 +96,7 @@ def cutmix(images: Tensor, lam: float, partner: Tensor, centre: tuple[float, flo
 
 
 def remix_weight(lam: float, counts: Tensor, partner_counts: Tensor, kappa: float, tau: float) -> Tensor:
-    """Weight of an image's own label when images are mixed with ``lam`` (Chou et al., 2020, equation 8).
+    """Weight of an image's own label when images are mixed with ``lam`` (Chou et al., 2020).
 
     0 where the image's class is at least kappa times as large as its partner's and ``lam < tau``; 1 where it is at
     least kappa times smaller and ``1 - lam < tau``; else lam. The minority class gets the whole label.

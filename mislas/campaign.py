@@ -142,8 +142,9 @@ def _images(config: RunConfig) -> int:
 
 
 def _kind(config: RunConfig) -> tuple:
-    branches = config.stage2 is None and config.stage1.second_sampler is not None
-    return type(config.stage2).__name__, branches, config.backbone, config.precision, spec_of(config.dataset).size
+    one = config.stage1
+    kind = (one.second_sampler is not None, one.group, one.distillation is not None) if config.stage2 is None else ()
+    return type(config.stage2).__name__, kind, config.backbone, config.precision, spec_of(config.dataset).size
 
 
 def estimate(planned: Sequence[Job], rates: dict[str, Rates]) -> str:
@@ -160,7 +161,7 @@ def images_per_second(store: Store) -> dict[str, Rates]:
     """How fast each device of the store's records was, by kind of run: stage, network, precision, image size."""
     rates: dict[str, Rates] = {}
     for record in store:
-        if record.provenance["seconds"] > 0:
+        if record.provenance["seconds"] > 0 and record.config.stage1.holdout is None:  # those saw fewer images
             images = sum(record.provenance["class_counts"]) * _epochs(record.config)
             kinds = rates.setdefault(record.provenance["device"], {})
             kinds[_kind(record.config)] = images / record.provenance["seconds"]

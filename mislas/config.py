@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .data import LISTS, dataset_name, spec_of
+from .data import LISTS, SPECS, dataset_name, spec_of
 from .errors import MislasError, unknown
 from .losses import LOSSES, check_smoothing
 from .metric import METRICS
@@ -24,6 +24,7 @@ PRECISIONS = ("fp32", "bf16")
 DELTAS = ("zeros", "fresh", "stage1")
 SMOOTHING = ("others", "all")
 MIXES = ("remix", "cutmix")
+GROUPS = ("many", "medium", "few")
 RULES = ("tau_norm", "ncm", "logit_adjustment", "temperature")
 
 # A field whose value is None is "off" and is left out of the canonical form. A field added later starts as None, so
@@ -58,6 +59,8 @@ class Stage1:
             first 8 hex digits of its SHA-256, as in torchvision's file names, since its place decides no number.
         metric: name in :data:`mislas.metric.METRICS` of a loss of the features, added to ``loss``; None is none.
         metric_weight: what it is multiplied by, >= 0.
+        group: train on the classes of one group alone, ``"many"``, ``"medium"`` or ``"few"``: an expert on them.
+        distillation: temperature > 0 at which the three experts teach (:mod:`mislas.experts`); None is without them.
     """
 
     epochs: int
@@ -85,6 +88,8 @@ class Stage1:
     weights: str | None = None
     metric: str | None = None
     metric_weight: float | None = None
+    group: str | None = None
+    distillation: float | None = None
 
     def deferred(self, epoch: int) -> bool:
         """Whether what is deferred is still to come in an epoch (from 0)."""
@@ -258,6 +263,14 @@ class RunConfig:
         if self.stage1.weights is not None and int(self.backbone.removeprefix("resnet")) not in STAGES:
             names = ", ".join(f"resnet{depth}" for depth in STAGES)
             raise MislasError(f"stage1.weights needs one of torchvision's backbones ({names}), got {self.backbone!r}")
+        if self.stage1.second_sampler is not None and int(self.backbone.removeprefix("resnet")) in STAGES:
+            raise MislasError(f"two branches need a CIFAR ResNet (resnet8, resnet32, ...), got {self.backbone!r}")
+        in_memory = isinstance(self.stage2, FewShot) or self.stage1.distillation or self.stage1.group
+        if self.dataset in LISTS and in_memory:
+            raise MislasError(
+                f"{self.method!r} keeps training images in memory, and those of {self.dataset} are files; "
+                f"it runs on {', '.join(sorted(SPECS))}"
+            )
         if isinstance(self.stage2, Adjustment):
             _check_adjustment(self.stage2, self.stage1)
         elif self.stage2 is not None:
@@ -287,9 +300,21 @@ class RunConfig:
         method = "mixup" if self.stage1.mixup else self.stage1.loss
         if self.stage1.scale is not None:
             method += "+cosine"
+        if self.stage1.distillation is not None:
+            method += "+experts"
         if self.stage1.holdout is not None:
             method += "+holdout"
         return replace(self, stage2=None, method=method) if self.stage2 else self
+
+    @property
+    def experts(self) -> list[RunConfig]:
+        """The runs that teach this one's Stage-1, each a Stage-1 of its own; none without distillation."""
+        if self.stage1.distillation is None:
+            return []
+        plain = replace(self.stage1, distillation=None, sampler="instance_balanced")
+        return [
+            replace(self, stage1=replace(plain, group=group), stage2=None, method=f"expert+{group}") for group in GROUPS
+        ]
 
     @property
     def shared_pass(self) -> str:
@@ -389,6 +414,13 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
     """``stage`` with ``new`` values. Settings that mean nothing beside them are off, whether new or old."""
     after = dataclasses.asdict(stage)
     after |= {key: value for key, value in new.items() if key in after}
+    if isinstance(stage, Stage1):  # two branches do not mix; without mixup there is no other way to mix
+        if after["second_sampler"] is not None and "second_sampler" not in new:
+            after["mixup"] = None
+        if after["mixup"] is None and "mix" not in new:
+            after["mix"] = None
+        if after["mix"] != "remix" and not new.keys() & {"remix_kappa", "remix_tau"}:
+            after |= {"remix_kappa": None, "remix_tau": None}
     if isinstance(stage, Stage1 | Stage2):
         spec = LOSSES.get(after["loss"])
         idle = _LOSS_SETTINGS - {*spec.settings, *spec.optional} if spec else set()
@@ -411,14 +443,15 @@ def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
     for key in ("momentum", "weight_decay"):
         if not getattr(stage, key) >= 0:
             raise MislasError(f"{name}.{key} must be >= 0, got {getattr(stage, key)!r}")
-    if stage.mixup is not None and not stage.mixup > 0:
+    if stage.mixup is not None and not 0 < stage.mixup < math.inf:
         raise MislasError(f"{name}.mixup is alpha > 0, or null for no mixup, got {stage.mixup!r}")
     if stage.schedule not in SCHEDULES:
         unknown(f"{name}.schedule", stage.schedule, SCHEDULES)
     if stage.sampler not in SAMPLERS:
         unknown(f"{name}.sampler", stage.sampler, SAMPLERS)
-    if stage.loss not in LOSSES:
-        unknown(f"{name}.loss", stage.loss, LOSSES)
+    allowed = {loss: spec for loss, spec in LOSSES.items() if all(hasattr(stage, key) for key in spec.settings)}
+    if stage.loss not in allowed:
+        unknown(f"{name}.loss", stage.loss, allowed)
     spec = LOSSES[stage.loss]
     if any(getattr(stage, key, None) is None for key in spec.settings):
         *most, last = spec.settings
@@ -469,6 +502,19 @@ def _check_stage1(stage: Stage1) -> None:
         raise MislasError(
             "stage1.metric compares images of one class each: stage1.mixup and stage1.second_sampler must be null"
         )
+    if stage.group is not None and stage.group not in GROUPS:
+        unknown("stage1.group", stage.group, GROUPS)
+    samplers = {stage.sampler, stage.deferred_sampler, stage.second_sampler} - {None}
+    if stage.group is not None and (samplers != {"instance_balanced"} or stage.distillation is not None):
+        raise MislasError("stage1.group takes 'instance_balanced' batches, one branch, and no distillation")
+    if stage.distillation is not None and not stage.distillation > 0:
+        raise MislasError(f"stage1.distillation is a temperature > 0, or null, got {stage.distillation!r}")
+    if stage.distillation is not None and stage.holdout is None:
+        raise MislasError("stage1.distillation compares student and experts on held-out images: set stage1.holdout")
+    if stage.distillation is not None and {stage.mixup, stage.second_sampler, stage.metric, stage.beta} != {None}:
+        raise MislasError(
+            "stage1.distillation weighs whole images: mixup, second_sampler, metric and beta of stage1 must be null"
+        )
     if stage.holdout is not None and not 0 < stage.holdout <= 0.5:
         raise MislasError(f"stage1.holdout is a share of each class, above 0 and at most 0.5, got {stage.holdout!r}")
 
@@ -505,7 +551,7 @@ def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:
         unknown("stage2.rule", stage.rule, RULES)
     if stage.value is not None and (stage.rule == "ncm" or not stage.value >= (stage.rule == "temperature") * 1e-3):
         raise MislasError(
-            f"stage2.value is tau >= 0 of 'tau_norm' and 'logit_adjustment', or the temperature > 0; "
+            f"stage2.value is tau >= 0 of 'tau_norm' and 'logit_adjustment', or the temperature >= 0.001; "
             f"got {stage.value!r} for {stage.rule!r}"
         )
     if stage.value is None and stage.rule != "ncm" and stage1.holdout is None:

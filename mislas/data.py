@@ -196,7 +196,8 @@ class Dataset:
         return self.only(~out), out.nonzero()[:, 0]
 
     def only(self, which: Tensor, targets: Tensor | None = None) -> Dataset:
-        """This dataset with the training images in ``which``, bool ``(N,)``, alone; with other labels if given."""
+        """This dataset with the training images in ``which``, bool ``(N,)`` or indices, alone; with other labels if
+        given."""
         targets = self.train_targets[which] if targets is None else targets
         return dataclasses.replace(self, train_images=self.train_images[which], train_targets=targets)
 

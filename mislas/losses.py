@@ -27,6 +27,12 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     return values.mean() if weights is None else (weights * values).sum() / weights.sum()
 
 
+def class_balanced_mean(values: Tensor, targets: Tensor) -> Tensor:
+    """The mean over classes of each class's mean: ``values`` and ``targets`` are ``(N,)``."""
+    weights = 1 / torch.bincount(targets).to(values)[targets]
+    return (weights * values).sum() / weights.sum()
+
+
 # ------------------------------------------------------------------------------------------ label-aware smoothing
 
 
@@ -125,7 +131,7 @@ def focal(gamma: float) -> Loss:
 
 
 def effective_number_weights(class_counts: Sequence[int], beta: float) -> Tensor:
-    """Class weights ``(1 - beta) / (1 - beta^N_y)``, scaled to a sum of K (Cui et al., 2019, equation 4 and section 4).
+    """Class weights ``(1 - beta) / (1 - beta^N_y)``, scaled to a sum of K (Cui et al., 2019).
 
     Args:
         class_counts: training images per class, ``(K,)``, each at least 1.
@@ -141,7 +147,7 @@ def effective_number_weights(class_counts: Sequence[int], beta: float) -> Tensor
 
 
 def ldam(class_counts: Sequence[int], max_margin: float, scale: float) -> Loss:
-    """Cross-entropy with a margin on the true class that is larger for rarer classes (Cao et al., 2019, equation 13).
+    """Cross-entropy with a margin on the true class that is larger for rarer classes (Cao et al., 2019).
 
     ``-log softmax(z - scale * D_y e_y)_y`` with ``D_k = C / N_k^(1/4)`` and C such that the rarest class has
     ``max_margin``. Logits are those of a cosine classifier, ``z = scale * cos``: the margin is one of cosines.

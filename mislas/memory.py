@@ -107,7 +107,8 @@ def train_memory(
 
     Args:
         config: its ``stage2`` is a Memory.
-        stage1: the trained backbone, changed in place if it trains on (of a pretrained one the last block alone), and its linear classifier.
+        stage1: the trained backbone, changed in place if it trains on, of a pretrained one its last block alone; and
+            its linear classifier.
     """
     stage, device = config.stage2, options.torch_device()
     if config.stage1.holdout is not None:
@@ -122,9 +123,8 @@ def train_memory(
     head = MetaEmbedding(classifier, means.detach(), generator=torch_rng(config.seed, "stage2 head")).to(device)
     groups = head.parameter_groups(stage.lr)
     if trains:
-        groups.append(
-            {"params": [p for p in network.parameters() if p.requires_grad], "lr": stage.lr * stage.backbone_lr}
-        )
+        learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        groups.append({"params": learned, "lr": stage.lr * stage.backbone_lr})
     batches, precision = batches_of(data, stage, "stage2", config.seed, options), autocast(config, device)
     forward = torch.compile(network, dynamic=False) if options.compile else network
 

@@ -122,6 +122,10 @@ MENON = "Menon et al., Long-tail learning via logit adjustment, ICLR 2021"
 MISLAS = "Improving calibration for long-tailed recognition (the paper)"
 OH_SONG = "Oh Song et al., Deep metric learning via lifted structured feature embedding, CVPR 2016"
 REN = "Ren et al., Balanced meta-softmax for long-tailed visual recognition, NeurIPS 2020"
+XIANG = (
+    "Xiang et al., Learning from multiple experts: Self-paced knowledge distillation for long-tailed classification, "
+    "ECCV 2020"
+)
 YUN = "Yun et al., CutMix: Regularization strategy to train strong classifiers with localizable features, ICCV 2019"
 ZHANG = "Zhang et al., mixup: Beyond empirical risk minimization, ICLR 2018"
 ZHANG_RANGE = "Zhang et al., Range loss for deep face recognition with long-tailed training data, ICCV 2017"
@@ -133,6 +137,7 @@ DRS = dict(deferred_sampler="class_balanced", defer=0.8)
 LDAM = dict(loss="ldam", max_margin=0.5, scale=30.0)
 REMIX = dict(mix="remix", remix_kappa=3.0, remix_tau=0.5)
 HOLDOUT = dict(holdout=0.1)
+OLTR = dict(centroid_weight=0.01, backbone_lr=0.1)
 GENERALISED = dict(a=1, learn_scale=True, delta="zeros")  # equation (4); delta_lr is the dataset's
 LAS = dict(loss="las", form="concave", smoothing_over="others")
 
@@ -150,8 +155,8 @@ ONE_STAGE: dict[str, Method] = {
     ),
     "cb-focal": Method(
         "CB-Focal", "Focal loss, with class weights by effective number.", CUI, (4,),
-        r"l = -\frac{1 - \beta}{1 - \beta^{N_y}} (1 - p_y)^\gamma \log p_y, \quad \beta = 0.9999, \gamma = 0.5",
-        stage1=dict(loss="focal", gamma=0.5, beta=0.9999),
+        r"l = -\frac{1 - \beta}{1 - \beta^{N_y}} (1 - p_y)^\gamma \log p_y, \quad \beta = 0.999, \gamma = 0.5",
+        stage1=dict(loss="focal", gamma=0.5, beta=0.999),
     ),
     "ldam": Method(
         "LDAM", "Rarer classes must win by a larger margin.", CAO, (),
@@ -268,7 +273,7 @@ def _decoupled() -> dict[str, Method]:
     return found
 
 
-#: Stage-2 looks at images of the training set while it classifies: what it learns is how to use them.
+#: Methods that keep images of the training set, their means, or other networks to learn from.
 MEMORY: dict[str, Method] = {
     # Stage-1's scale of cosines is where theirs starts; it is learned in Stage-2. What is novel: see mislas.fewshot.
     "fslwf": Method(
@@ -286,7 +291,17 @@ MEMORY: dict[str, Method] = {
         r"v = \tfrac{10}{\gamma} \big( x + \tanh(T x) \odot \sum_i o_i c_i \big), \; o = \mathrm{softmax}(H x), \; "
         r"\gamma = \min_i \lVert x - c_i \rVert, \quad z_k = 16 \, \tfrac{\lVert v \rVert}{1 + \lVert v \rVert} "
         r"\cos(w_k, v), \quad l = -\log p_y + 0.01 \, l_{\mathrm{centroids}}",
-        stage2=dict(centroid_weight=0.01, backbone_lr=0.1),
+        stage2=OLTR,
+    ),
+    # How the two are joined is our reading: the student is where OLTR starts. All three groups must have classes.
+    "oltr+lfme": Method(
+        "OLTR+LFME", "Experts on many, medium and few shots teach a student, the less the better it is; then OLTR.",
+        XIANG, (4, 8),
+        r"l = -v_i(t) \log p_y + \sum_g w_g(t) \, \mathrm{KL}(q^{(g)} \Vert p^{(g)}), \quad "
+        r"v_i = \pi_i + (1 - \pi_i) \tfrac tT, \quad "
+        r"w_g = \min \Big( 1, \max \Big( 0, \frac{A_g - a_g}{0.7 A_g} \Big) \Big), \quad "
+        r"\pi_i = q_{y_i}, \; a_g, A_g \text{: accuracies of student and expert}",
+        stage1=dict(distillation=2.0, sampler="class_cyclic") | HOLDOUT, stage2=OLTR,
     ),
 }  # fmt: skip
 

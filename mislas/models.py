@@ -320,7 +320,7 @@ class TwoBranches(nn.Module):
 
 
 def mix_branches(conventional: Tensor, rebalancing: Tensor, alpha: float) -> Tensor:
-    """``[alpha f_c, (1 - alpha) f_r]``: features side by side, weighted (Zhou et al., 2020, equation 1).
+    """``[alpha f_c, (1 - alpha) f_r]``: features side by side, weighted (Zhou et al., 2020).
 
     The classifier has weights for each half, so its logits are ``alpha W_c f_c + (1 - alpha) W_r f_r``. Testing uses
     alpha 0.5. (The authors' code doubles both features.)

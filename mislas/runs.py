@@ -229,17 +229,19 @@ def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:
     """What has to be trained to have these runs: groups that train together, in the order of ``configs``,
     but each Stage-1 before what builds on it.
 
-    Stage-1 is trained if its record is wanted and missing, or if its weights are needed and missing.
+    Stage-1 is trained if its record is wanted and missing, or if its weights are needed and missing; so are experts.
     """
+
+    def steps_to(config: RunConfig) -> list[RunConfig]:
+        before = config.experts if config.stage2 is None else [config.stage1_only]
+        missing = (run for run in before if not (store.get(run) and store.find(run, ".safetensors").exists()))
+        return [*(step for run in missing for step in steps_to(run)), config]
+
     groups: dict[tuple[bool, str], dict[str, RunConfig]] = {}
     for config in configs:
         if store.get(config) is not None:
             continue
-        steps = [config]
-        first = config.stage1_only
-        if first != config and not (store.get(first) and store.find(first, ".safetensors").exists()):
-            steps = [first, config]
-        for step in steps:
+        for step in steps_to(config):
             groups.setdefault((step.stage2 is not None, step.shared_pass), {}).setdefault(step.id, step)
     return [list(group.values()) for group in groups.values()]
 
@@ -259,7 +261,8 @@ def _run_group(
 
     checkpoint = store.checkpoint(group)
     if first.stage2 is None:
-        trained = train_stage1(first, data, options, checkpoint, along_the_way, weights)
+        experts = [store.get_weights(expert, data.num_classes) for expert in first.experts]
+        trained = train_stage1(first, data, options, checkpoint, along_the_way, weights, experts)
         store.put_weights(first, trained.backbone, trained.heads[0])
     else:
         stage1 = store.get_weights(first.stage1_only, data.num_classes)

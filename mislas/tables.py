@@ -276,7 +276,11 @@ def variants(
         f"{METHODS[method].title} with changes, {title or study.title(dataset)}, IF {imbalance:g}: accuracy, ECE (%), "
         "NLL (nats), and accuracy minus the first row's (points, ± standard error over the test images)."
     )
-    notes = [] if all(found) else [f"Not measured yet: `{study.campaign_command(dataset, imbalance)}`"]
+    missing = [change for change, records in zip(changes.values(), found, strict=True) if not records]
+    if len(missing) > 2:  # a grid: the campaign trains its cells together
+        notes = [f"Not measured yet: `{study.campaign_command(dataset, imbalance)}`"]
+    else:
+        notes = [f"Not measured yet: `{study.command(dataset, [method], imbalance, change)}`" for change in missing]
     return _table(study, frame, caption, notes, [record for records in found for record in records], beside)
 
 
@@ -498,10 +502,11 @@ def measures(
         columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`.
         changes: what is changed in every run.
     """
-    rows, shown = {}, []
+    rows, shown, missing = {}, [], []
     for method in methods:
         records = study.runs(dataset, method, imbalance, changes)
         shown += records
+        missing += [] if records else [method]
         cells = []
         for key, (_, scale, digits) in columns.items():
             values = [record.metrics[key] for record in records]
@@ -512,7 +517,8 @@ def measures(
     what = f"tiny smoke runs on {study.title(dataset)}" if study.kind == "tiny" else title or study.title(dataset)
     factor = "" if imbalance is None else f", IF {imbalance:g}"
     caption = f"All measures, {what}{factor}. A dash: not measured, or a group without classes."
-    return _table(study, frame, caption, [], shown)
+    notes = [f"Not measured yet: `{study.command(dataset, missing, imbalance, changes)}`"] if missing else []
+    return _table(study, frame, caption, notes, shown)
 
 
 def selection(
@@ -522,25 +528,31 @@ def selection(
 
     The best is that of the epochs at which a run looked at the test set, so the difference is a lower bound.
     """
-    rows, shown = {}, []
+    rows, shown, missing = {}, [], []
     for method in methods:
         records = study.runs(dataset, method, imbalance)
         shown += records
+        missing += [] if records else [method]
         looked = [[row["test_accuracy"] for row in record.history if "test_accuracy" in row] for record in records]
         if not records:
             rows[METHODS[method].title] = [DASH] * 4
             continue
         last, best = (statistics.mean(of(values) for values in looked) for of in (lambda v: v[-1], max))
         epochs = sorted({len(values) for values in looked})
+        alone = epochs == [1]  # a run that looked once, at its end, says nothing of selection
         rows[METHODS[method].title] = [
-            f"{100 * last:.1f}", f"{100 * best:.1f}", f"{100 * (best - last):+z.1f}", ", ".join(map(str, epochs))
-        ]  # fmt: skip
+            f"{100 * last:.1f}",
+            DASH if alone else f"{100 * best:.1f}",
+            DASH if alone else f"{100 * (best - last):+z.1f}",
+            ", ".join(map(str, epochs)),
+        ]
     columns = ["last epoch", "best on the test set", "gain", "epochs looked at"]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     caption = (
         f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: what selection adds."
     )
-    return _table(study, frame, caption, [], shown)
+    notes = [f"Not measured yet: `{study.command(dataset, missing, imbalance)}`"] if missing else []
+    return _table(study, frame, caption, notes, shown)
 
 
 # ----------------------------------------------------------------------- the large benchmarks: Tables 1, 4, 6, 7, 8

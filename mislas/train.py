@@ -24,6 +24,7 @@ from .augment import Images, cutmix, mixup, remix_weight
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import Dataset, write_atomically
 from .errors import MislasError, RecordError
+from .experts import Experts, of_group
 from .lists import ListDataset
 from .losses import effective_number_weights, mean
 from .methods import loss_for
@@ -217,6 +218,7 @@ class ListBatches:
 
         self.images = ImageBatches(data.train, data.spec, stage.batch_size, device=device, workers=workers)
         self.counts = torch.tensor(data.class_counts, dtype=torch.float32, device=device)
+        self.targets_host = data.train_targets.numpy()
         self.stage, self.purpose, self.device = stage, (seed, stage_name), device
 
     def epoch(self, epoch: int, sampler: str | None = None) -> Iterator[Batch]:
@@ -224,9 +226,7 @@ class ListBatches:
         stage, purpose = self.stage, (*self.purpose, epoch) if sampler is None else (*self.purpose, epoch, sampler)
         sampler = sampler or stage.sampler_in(epoch)
         sizes = [stop - start for start, stop in self.images.pieces]
-        order = SAMPLERS[sampler](
-            host_rng(*purpose), self.images.images.targets.numpy()
-        )  # what images.epoch draws first
+        order = SAMPLERS[sampler](host_rng(*purpose), self.targets_host)  # what images.epoch draws first
         index = torch.from_numpy(order).to(self.device).split(sizes)
         drawn = zip(self.images.epoch(host_rng(*purpose), sampler), index, strict=True)
         plain = (Batch(images, targets, index=places) for (images, targets), places in drawn)
@@ -299,6 +299,7 @@ def train_stage1(
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,
     weights: Path | None = None,
+    experts: Sequence[tuple[nn.Module, nn.Module]] = (),
 ) -> Trained:
     """Train backbone and classifier; resumes from ``checkpoint`` if it is there.
 
@@ -307,10 +308,16 @@ def train_stage1(
 
     The final weights are rounded to half precision, as they are stored: the model that is evaluated and built upon is
     the one in the file.
+
+    Args:
+        experts: with distillation, the trained models of :attr:`RunConfig.experts`, in order.
     """
     stage, device = config.stage1, options.torch_device()
+    whole, held = data, None
     if stage.holdout is not None:
-        data, _ = data.hold_out(stage.holdout)
+        data, held = data.hold_out(stage.holdout)
+    if stage.group is not None:
+        data = of_group(data, whole.groups, stage.group)
     network, head = stage1_model(
         config.backbone, data.num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
     )
@@ -338,18 +345,34 @@ def train_stage1(
                 loss = loss + stage.metric_weight * METRICS[stage.metric](features, batch.targets)
             yield [loss]
 
+    def taught(epoch: int) -> Iterator[list[Tensor]]:
+        expert_weights = teachers.expert_weights(network, head)
+        image_weights = teachers.image_weights(epoch / stage.epochs)
+        for batch in batches.epoch(epoch):
+            with precision:
+                features = forward(batch.images)
+            logits = head(features.float())
+            own = (image_weights[batch.index] * objective.loss(logits, batch.targets)).mean()
+            yield [own + teachers.teach(logits, batch.images, expert_weights)]
+
     def two_branches(epoch: int) -> Iterator[list[Tensor]]:
-        alpha = 1 - (epoch / stage.epochs) ** 2  # parabolic decay (Zhou et al., 2020, equation 3)
+        alpha = 1 - (epoch / stage.epochs) ** 2  # parabolic decay (Zhou et al., 2020)
         for pair in zip(batches.epoch(epoch), batches.epoch(epoch, stage.second_sampler), strict=True):
             with precision:
-                features = [network.branch(batch.images, which) for which, batch in enumerate(pair)]
+                features = [branch(batch.images, which) for which, batch in enumerate(pair)]
             logits = head(mix_branches(*features, alpha).float())
             conventional, rebalancing = (objective(logits, batch, epoch) for batch in pair)
-            yield [alpha * conventional + (1 - alpha) * rebalancing]  # their equation 2
+            yield [alpha * conventional + (1 - alpha) * rebalancing]
 
     forward = torch.compile(network, dynamic=False) if options.compile else network
+    if stage.second_sampler:
+        branch = torch.compile(network.branch, dynamic=False) if options.compile else network.branch
+    steps = two_branches if stage.second_sampler else one_branch
+    if stage.distillation is not None:
+        teachers = Experts(experts, whole.groups, data, whole.only(held), stage.distillation, precision, options)
+        steps = taught
     trained = _loop(
-        [config], "stage1", network, [head], [groups], two_branches if stage.second_sampler else one_branch,
+        [config], "stage1", network, [head], [groups], steps,
         len(data.train_targets), options, checkpoint, evaluate, train_mode=True,
     )  # fmt: skip
     for module in (network, head):

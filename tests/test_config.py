@@ -74,6 +74,8 @@ ELSEWHERE = {
     "stage1.weights": ("ce", {"weights": "0123abcd", "backbone": "resnet50"}),
     "stage1.metric": ("lifted", {"metric": "range"}),
     "stage1.metric_weight": ("lifted", {"metric_weight": 0.2}),
+    "stage1.group": ("ce", {"group": "few"}),
+    "stage1.distillation": ("oltr+lfme", {"distillation": 4.0}),
     "stage2.rule": ("temperature", {"rule": "tau_norm"}),
     "stage2.value": ("temperature", {"value": 1.5}),
     "stage2.shift_epochs": ("ncm", {"shift_epochs": 1}),
@@ -156,6 +158,14 @@ def test_overrides_without_meaning_are_passed_over():
     ce, lws = configure("digits", "ce"), configure("digits", "lws")
     assert ce.override(changes) == ce
     assert lws.override(changes) == lws.override({"stage2.epochs": 3})
+
+
+def test_what_mixes_is_passed_over_where_nothing_does():
+    """So that one set of overrides serves Table 3, which has BBN and Remix in it."""
+    assert configure("digits", "bbn", overrides={"mixup": 0.2}) == configure("digits", "bbn")
+    plain = configure("digits", "remix", overrides={"mixup": None})
+    assert plain.stage1 == configure("digits", "ce").stage1
+    assert configure("digits", "remix", overrides={"mix": None}).stage1 == configure("digits", "mixup").stage1
 
 
 def test_no_overrides_change_nothing():
@@ -290,7 +300,10 @@ def test_a_value_outside_its_range_is_refused_when_configured(changes, message):
         ("mixup", {"mix": "manifold"}, "unknown stage1.mix 'manifold'"),
         ("ce", {"mix": "cutmix"}, "needs stage1.mixup, its alpha"),
         ("mixup", {"mix": "remix"}, "remix_tau go with mix='remix'"),
-        ("bbn", {"mixup": 1.0}, "two branches mix features in place of images"),
+        ("bbn", {"mixup": 1.0, "second_sampler": "reverse"}, "two branches mix features in place of images"),
+        ("bbn", {"backbone": "resnet10"}, "two branches need a CIFAR ResNet"),
+        ("mixup", {"mixup": float("inf")}, "stage1.mixup is alpha > 0"),
+        ("lws", {"stage2.loss": "focal"}, "unknown stage2.loss 'focal'"),
         ("range", {"metric": "rnage"}, "unknown stage1.metric 'rnage'; did you mean 'range'"),
         ("range", {"metric_weight": -0.1}, "stage1.metric_weight >= 0 goes with metric and only with it, got -0.1"),
         ("range", {"metric_weight": None}, "stage1.metric_weight >= 0 goes with metric"),
@@ -300,7 +313,7 @@ def test_a_value_outside_its_range_is_refused_when_configured(changes, message):
         ("lws", {"second_sampler": "reverse"}, "stage2 needs a linear classifier"),
         ("temperature", {"holdout": None}, "'temperature' chooses its value on held-out images"),
         ("temperature", {"holdout": 0.6}, "stage1.holdout is a share of each class"),
-        ("temperature", {"value": 0.0}, "or the temperature > 0; got 0.0"),
+        ("temperature", {"value": 0.0}, "or the temperature >= 0.001; got 0.0"),
         ("tau-norm", {"value": -1.0}, "tau >= 0 of 'tau_norm'"),
         ("ncm", {"value": 1.0}, "got 1.0 for 'ncm'"),
         ("ncm", {"rule": "nmc"}, "unknown stage2.rule 'nmc'; did you mean 'ncm'"),
@@ -323,6 +336,13 @@ def test_settings_of_other_methods_are_checked_too(method, changes, message):
         ("oltr", {"centroid_weight": -1.0}, "stage2.centroid_weight must be >= 0, got -1.0"),
         ("oltr", {"backbone_lr": 0.0}, "stage2.backbone_lr must be > 0, or null to freeze the backbone, got 0.0"),
         ("oltr", {"scale": 16.0}, "stage2 needs a linear classifier: stage1.scale"),
+        ("ce", {"group": "tail"}, "unknown stage1.group 'tail'. Known: few, many, medium"),
+        ("ce", {"group": "few", "sampler": "class_balanced"}, "stage1.group takes 'instance_balanced' batches"),
+        ("oltr+lfme", {"group": "few"}, "stage1.group takes 'instance_balanced' batches, one branch"),
+        ("oltr+lfme", {"distillation": 0.0}, "stage1.distillation is a temperature > 0, or null, got 0.0"),
+        ("oltr+lfme", {"holdout": None}, "stage1.distillation compares student and experts on held-out images"),
+        ("oltr+lfme", {"stage1.mixup": 1.0}, "stage1.distillation weighs whole images: mixup, second_sampler"),
+        ("oltr+lfme", {"beta": 0.9}, "metric and beta of stage1 must be null"),
         ("oltr", {"stage2.sampler": "balanced"}, "unknown stage2.sampler 'balanced'"),
     ],
 )

@@ -113,12 +113,10 @@ def test_rules_and_held_out_images_work_on_files(tmp_path, data):
 
 
 def test_the_memory_and_metric_families_work_on_files(tmp_path):
-    """Lifted and range loss see features of files, FSLwF and OLTR their images again: with and without batches."""
-    methods = ("lifted", "range", "fslwf", "oltr")
-    records = run(
-        [quick(m, **{"stage1.epochs": 1, "stage2.batch_size": 64}) for m in methods], Store(tmp_path), None, OPTIONS
-    )
-    for record in records:
+    """Lifted and range loss see features of files; FSLwF, OLTR and experts look at the training images again."""
+    methods = ("lifted", "range", "fslwf", "oltr", "oltr+lfme")
+    configs = [quick(method, **{"stage1.epochs": 1, "stage2.batch_size": 64}) for method in methods]
+    for record in run(configs, Store(tmp_path), None, OPTIONS):
         assert np.isfinite(record.metrics["nll"])
         assert len(record.arrays()["target"]) == 30
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mislas import paper
-from mislas.campaign import Job, estimate
+from mislas.campaign import Job, _kind, estimate
 from mislas.cli import _parser, parse_overrides
 from mislas.methods import METHODS, configure
 from mislas.plots import missing_commands, reliability_figure, smooth, weight_norm_figure
@@ -93,8 +93,8 @@ def test_what_it_takes_counts_stage_1_once(stored):
 def test_hours_are_for_devices_that_know_every_kind():
     config = configure("imagenet-lt", "ce")
     planned = [Job([config], 7_200_000), Job([config], 3_600_000)]
-    kind = ("NoneType", False, "resnet50", "bf16", 224)
-    assert estimate(planned, {"fast": {kind: 1000.0}, "other": {}}) == "3.0 h (fast)"
+    assert estimate(planned, {"fast": {_kind(config): 1000.0}, "other": {}}) == "3.0 h (fast)"
+    assert estimate([*planned, Job([configure("imagenet-lt", "crt")], 1)], {"fast": {_kind(config): 1000.0}}) == ""
     assert estimate(planned, {}) == ""
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .data import LISTS, SPECS, dataset_name, spec_of
+from .data import LISTS, dataset_name, spec_of
 from .errors import MislasError, unknown
 from .losses import LOSSES, check_smoothing
 from .metric import METRICS
@@ -263,14 +263,6 @@ class RunConfig:
         if self.stage1.weights is not None and int(self.backbone.removeprefix("resnet")) not in STAGES:
             names = ", ".join(f"resnet{depth}" for depth in STAGES)
             raise MislasError(f"stage1.weights needs one of torchvision's backbones ({names}), got {self.backbone!r}")
-        if self.stage1.second_sampler is not None and int(self.backbone.removeprefix("resnet")) in STAGES:
-            raise MislasError(f"two branches need a CIFAR ResNet (resnet8, resnet32, ...), got {self.backbone!r}")
-        in_memory = isinstance(self.stage2, FewShot) or self.stage1.distillation or self.stage1.group
-        if self.dataset in LISTS and in_memory:
-            raise MislasError(
-                f"{self.method!r} keeps training images in memory, and those of {self.dataset} are files; "
-                f"it runs on {', '.join(sorted(SPECS))}"
-            )
         if isinstance(self.stage2, Adjustment):
             _check_adjustment(self.stage2, self.stage1)
         elif self.stage2 is not None:

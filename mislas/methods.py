@@ -6,7 +6,7 @@ To add a row, add one entry to :data:`METHODS`: what it changes in Stage-1, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .config import Adjustment, Memory, RunConfig, Stage1, Stage2, stage2_kind
@@ -370,8 +370,9 @@ def configure(
     if recipe.stage2 is not None:
         kind = stage2_kind(recipe.stage2)
         filled = {} if kind is Adjustment else dict(settings.stage2)
-        if kind is Memory:  # as long as Stage-1 and as it, but for its warm-up
-            filled = {key: value for key, value in settings.stage1.items() if key != "warmup"}
+        if kind is Memory:  # as long as Stage-1 and as it, but for its start
+            known = {f.name for f in fields(Memory)}
+            filled = {key: value for key, value in settings.stage1.items() if key in known}
         if recipe.stage2.get("delta"):
             filled["delta_lr"] = settings.delta_lr
         if recipe.stage2.get("loss") == "las":

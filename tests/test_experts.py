@@ -191,9 +191,9 @@ def test_a_student_killed_and_resumed_equals_one_never_stopped(data, whole, mode
     with monkeypatch.context() as patch:
         patch.setattr(Images, "batch", killed)
         with pytest.raises(KilledError):
-            train_stage1(STUDENT, data, options, tmp_path / "checkpoint", None, models)
+            train_stage1(STUDENT, data, options, tmp_path / "checkpoint", experts=models)
     assert 0 < torch.load(tmp_path / "checkpoint")["epoch"] < 4
-    resumed = train_stage1(STUDENT, data, options, tmp_path / "checkpoint", None, models)
+    resumed = train_stage1(STUDENT, data, options, tmp_path / "checkpoint", experts=models)
     network, head = whole[0].get_weights(STUDENT, 10)
     for one, two in ((resumed.backbone, network), (resumed.heads[0], head)):
         assert all(torch.equal(value, two.state_dict()[name]) for name, value in one.state_dict().items())

@@ -85,7 +85,13 @@ def test_variants_are_held_against_the_first_row(made_up):
     assert table.frame.loc["default"].tolist() == ["+3.3", "50.0", "10.0", "1.000", "+25.0 ± 25.0"]
     assert table.frame.loc["linear"].tolist() == ["–", "not measured", "–", "–", "–"]
     assert table.frame.columns[0] == ("paper", "difference")
-    assert "`mislas campaign --dataset cifar10 --imbalance 100 --data-root DIR`" in table.notes[0]
+    command = "mislas train --dataset cifar10 --imbalance 100 --method mislas --set form=linear --data-root DIR"
+    assert table.notes[0] == f"Not measured yet: `{command}`"
+    many = (
+        changes | {form: {"form": form} for form in ("convex", "a", "b")} | {"a": {"eps_1": 0.5}, "b": {"eps_1": 0.4}}
+    )
+    several = variants(Study(results_root=made_up.root), "cifar10", "mislas", many)  # a campaign trains them together
+    assert several.notes[0] == "Not measured yet: `mislas campaign --dataset cifar10 --imbalance 100 --data-root DIR`"
 
 
 def test_variants_of_the_tiny_profile_show_no_paper(made_up, monkeypatch):

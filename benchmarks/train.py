@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -36,7 +37,6 @@ from torchvision import transforms
 from mislas import Dataset, Options, RunConfig, configure
 from mislas.campaign import GRID
 from mislas.data import CIFAR_MEAN, CIFAR_STD
-from mislas.losses import cross_entropy
 from mislas.models import backbone
 from mislas.runs import device_name
 from mislas.train import train_stage1, train_stage2
@@ -91,7 +91,7 @@ def usual(data: Dataset, device: torch.device) -> Callable[[], float]:
     def epoch() -> float:
         start = time.perf_counter()
         for images, targets in loader:
-            loss = cross_entropy(network(images.to(device)), targets.to(device))
+            loss = F.cross_entropy(network(images.to(device)), targets.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -142,7 +142,7 @@ def bare(data: Dataset, options: Options) -> Callable[[], float]:
         for _ in range(len(data.train_targets) // BATCH):
             with torch.autocast(device.type, torch.bfloat16):
                 logits = forward(images)
-            loss = cross_entropy(logits.float(), targets)
+            loss = F.cross_entropy(logits.float(), targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -434,6 +434,11 @@ def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple
             for member in tar:
                 if member.isfile():
                     yield member.name.removeprefix("./"), tar.extractfile(member).read()
+        if place.suffix == ".tar":  # compression notices a cut; tarfile takes a plain tar that is cut for a shorter one
+            with place.open("rb") as handle:
+                handle.seek(-min(1024, place.stat().st_size), os.SEEK_END)
+                if any(handle.read()):
+                    raise EOFError("the archive ends early")
 
     with place.open("rb") as handle:
         return place, from_archive, hashlib.file_digest(handle, "sha256").hexdigest()[:16]
@@ -455,8 +460,9 @@ def _decode_tree(name: str, source: Path, members: Callable[[], Iterator[tuple[s
     except DataError:
         raise
     except Exception as error:  # lzma, tarfile, zlib and Pillow each have their own
+        reason = " ".join(str(error).split())
         raise DataError(
-            f"{source} is damaged near {member or 'its beginning'} ({error}); fetch the file again"
+            f"{source} is damaged near {member or 'its beginning'} ({reason}); fetch the file again"
         ) from error
     names = sorted({label for label, _, _ in found["train"]})
     if len(names) != SPECS[name].num_classes:

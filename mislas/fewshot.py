@@ -30,7 +30,7 @@ from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier
 from .samplers import one_image_each
-from .train import Options, Trained, _loop, autocast, batches_of, host_rng, plain_images, torch_rng
+from .train import Options, Trained, _loop, autocast, batches_of, host_rng, plain_images, torch_rng, training_part
 
 
 def base_and_novel(data: Dataset | ListDataset) -> tuple[list[int], list[int]]:
@@ -160,8 +160,7 @@ def train_few_shot(
         A cosine classifier of all classes.
     """
     stage, device = config.stage2, options.torch_device()
-    if config.stage1.holdout is not None:
-        data, _ = data.hold_out(config.stage1.holdout)
+    data = training_part(config, data)
     network, classifier = stage1
     network.to(device, memory_format=torch.channels_last).requires_grad_(False)
     base, novel = base_and_novel(data)

@@ -20,7 +20,7 @@ from .evaluate import predict
 from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier, freeze_but_last_block, init_kaiming
-from .train import Options, Trained, _loop, autocast, batches_of, plain_images, torch_rng
+from .train import Options, Trained, _loop, autocast, batches_of, plain_images, torch_rng, training_part
 
 CENTROID_LR = 0.1  # the centroids' learning rate, as a ratio of the classifier's
 
@@ -111,8 +111,7 @@ def train_memory(
             its linear classifier.
     """
     stage, device = config.stage2, options.torch_device()
-    if config.stage1.holdout is not None:
-        data, _ = data.hold_out(config.stage1.holdout)
+    data = training_part(config, data)
     network, classifier = stage1
     trains = stage.backbone_lr is not None
     network.to(device, memory_format=torch.channels_last).requires_grad_(trains)

@@ -22,7 +22,7 @@ def class_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
 
 
 def reverse(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
-    """Independent draws: a class with odds 1 / N_k, then one of its images uniformly (Zhou et al., 2020, 4.2)."""
+    """Independent draws: a class with odds 1 / N_k, then one of its images uniformly (Zhou et al., 2020)."""
     odds = 1 / np.bincount(targets)
     return one_image_each(rng, targets, rng.choice(len(odds), size=len(targets), p=odds / odds.sum()))
 

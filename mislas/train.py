@@ -265,6 +265,11 @@ def plain_images(data: Dataset | ListDataset, options: Options, which: Tensor | 
     return Images(images, data.spec.mean, data.spec.std, padding=0, device=device)
 
 
+def training_part(config: RunConfig, data: Dataset | ListDataset) -> Dataset | ListDataset:
+    """What a run trains on: all of a dataset, or what Stage-1 did not hold out."""
+    return data if config.stage1.holdout is None else data.hold_out(config.stage1.holdout)[0]
+
+
 class Objective:
     """The loss of a stage on a batch: by class weights if the stage has them, mixed as the labels are."""
 
@@ -398,8 +403,7 @@ def train_stage2(
     if len({config.shared_pass for config in configs}) != 1:
         raise ValueError("runs trained on one pass must share Stage-1, epochs, batch size, sampler, mixup and BN mode")
     first, device = configs[0], options.torch_device()
-    if first.stage1.holdout is not None:
-        data, _ = data.hold_out(first.stage1.holdout)
+    data = training_part(first, data)
     network, classifier = stage1
     network.to(device, memory_format=torch.channels_last).requires_grad_(False)
     heads, groups, objectives = [], [], []

@@ -19,7 +19,7 @@ from .data import Dataset
 from .evaluate import predict
 from .lists import ListDataset
 from .losses import check_counts, class_balanced_mean
-from .train import Options, Trained, autocast, batches_of, plain_images
+from .train import Options, Trained, batches_of, forward, plain_images
 
 TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit adjustment: 0, 0.1, ..., 2
 
@@ -143,12 +143,12 @@ def adjust(
 
 def shift_statistics(config: RunConfig, network: nn.Module, data: Dataset | ListDataset, options: Options) -> None:
     """Move batch norm's running statistics over class-balanced batches; weights stay (paper, section 3.3)."""
-    device = options.torch_device()
     plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
     batches = batches_of(data, plain, "shift", config.seed, options)
+    features_of = forward(network, config, options)
     network.train()
-    with torch.no_grad(), autocast(config, device):
+    with torch.no_grad():
         for epoch in range(config.stage2.shift_epochs):
             for batch in batches.epoch(epoch, "class_balanced"):
-                network(batch.images)
+                features_of(batch)
     network.eval()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import distributed
 from .errors import MislasError
 
 
@@ -60,9 +61,13 @@ class Images:
         return (crops * self.scale + self.shift).permute(0, 3, 1, 2)
 
     def plain(self, batch_size: int = 500) -> Iterator[Tensor]:
-        """All images in order as they are, normalised: batches of float32 ``(B, 3, H, W)``."""
+        """All images in order as they are, normalised: batches of float32 ``(B, 3, H, W)``.
+
+        Where several processes work together it is this one's piece of each batch.
+        """
         p = self.padding
         for padded in self.padded.split(batch_size):
+            padded = padded[distributed.piece(len(padded))]
             crops = padded[:, p : p + self.size, p : p + self.size]
             yield (crops * self.scale + self.shift).permute(0, 3, 1, 2)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, distributed
 from .campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
 from .config import field_names, takes_text
-from .data import LISTS, SPECS, dataset_name, load
+from .data import LISTS, SPECS, load
 from .errors import MislasError, RecordError, unknown
 from .evaluate import BINS, predict, summarise
 from .lists import check, load_lists
@@ -28,6 +32,7 @@ examples:
   mislas train --dataset cifar10 --method mislas --data-root data --download
   mislas train --dataset generated --method ce mislas    (JPEG files and lists, written here; no data needed)
   mislas train --dataset imagenet-lt --method mislas --data-root data
+  torchrun --nproc-per-node 4 -m mislas.cli train --dataset imagenet-lt --method mislas --data-root data    (4 GPUs)
   mislas train --dataset cifar10-jpeg --method ce mixup mislas --imbalance 100 50 10 --seed 0 1 2 --data-root data
   mislas list
   mislas show 6b5417f459cc
@@ -40,10 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for data that fail a check, or 2 after an error that the
     user can mend."""
     arguments = _parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_: print(f"mislas: warning: {message}", file=sys.stderr)
+    first = int(os.environ.get("RANK", 0)) == 0  # of the processes that train together
+    warnings.showwarning = lambda message, *_: first and print(f"mislas: warning: {message}", file=sys.stderr)
     try:
-        return arguments.call(arguments) or 0
+        with distributed.started(), contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
+            return arguments.call(arguments) or 0
     except MislasError as error:
+        if not first:
+            time.sleep(2)  # if the first one has said the same, torchrun stops this process meanwhile
         print(f"mislas: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -266,8 +275,7 @@ def _campaign(arguments: argparse.Namespace) -> None:
     store, overrides = _store(arguments), parse_overrides(arguments.set)
     options = Options(arguments.device, arguments.compile, progress=not arguments.quiet)
     budget = parse_budget(arguments.budget) if arguments.budget else None
-    usual = [None] if dataset_name(arguments.dataset) in LISTS else [100, 50, 10]
-    everything = wanted(arguments.dataset, arguments.imbalance or usual, arguments.seed)
+    everything = wanted(arguments.dataset, arguments.imbalance, arguments.seed)
     configs = list({c.id: c for c in (config.override(overrides) for config in everything)}.values())
     planned, rates = jobs(configs, store), images_per_second(store).get(device_name(options.torch_device()), {})
     have = sum(store.get(config) is not None for config in configs)
@@ -285,7 +293,7 @@ def _campaign(arguments: argparse.Namespace) -> None:
     print(
         f"{have} of {len(configs)} runs are in the store" + ("" if done else "; out of time, the same command goes on")
     )
-    if arguments.pack:
+    if arguments.pack and distributed.rank() == 0:
         print(f"{pack(store, Path(arguments.pack), before)} files packed into {arguments.pack}")
 
 

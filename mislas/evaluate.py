@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .augment import Images
 from .errors import MislasError
 
@@ -27,7 +28,7 @@ def predict(network: nn.Module, heads: Sequence[nn.Module], images: Images | Ima
     network.eval()
     outputs: list[list[Tensor]] = [[] for _ in heads]
     for batch in images.plain():
-        features = network(batch)
+        features = distributed.gather(network(batch))
         for output, head in zip(outputs, heads, strict=True):
             output.append(head(features).float().cpu())
     return [torch.cat(output) for output in outputs]

@@ -24,7 +24,8 @@ from .lists import ListDataset
 from .losses import class_balanced_mean
 
 if TYPE_CHECKING:
-    from .train import Options
+    from .config import RunConfig
+    from .train import Batch, Options
 
 THRESHOLD = 0.3  # an expert teaches in full until the student has this share of its accuracy
 
@@ -67,8 +68,7 @@ class Experts:
         groups: classes of each group.
         data: training set, without what is held out.
         held: training set of what is.
-        temperature: of the distillation, > 0.
-        precision: the context in which backbones compute.
+        config: the student's run, whose Stage-1 has the temperature of the distillation.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class Experts:
         groups: dict[str, list[int]],
         data: Dataset | ListDataset,
         held: Dataset | ListDataset,
-        temperature: float,
-        precision: torch.autocast,
+        config: RunConfig,
         options: Options,
     ):
-        from .train import plain_images  # here: it imports this module
+        from .train import forward, plain_images  # here: it imports this module
 
         device = options.torch_device()
-        self.models, self.temperature, self.precision = models, temperature, precision
+        self.temperature, self.models = config.stage1.distillation, []
         self.classes = [torch.tensor(classes, device=device) for classes in groups.values()]
         confidence = torch.zeros(len(data.train_targets))
         self.held, self.accuracy = [], []
         for (network, head), classes in zip(models, groups.values(), strict=True):
             for module in (network, head):
                 module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+            self.models.append((forward(network, config, options), head))
             group = torch.tensor(classes)
             inside, held_inside = (torch.isin(some.train_targets, group).nonzero()[:, 0] for some in (data, held))
             images, held_images = plain_images(data, options, inside), plain_images(held, options, held_inside)
@@ -113,14 +113,13 @@ class Experts:
         line, as ``progress`` goes from 0 to 1."""
         return self.confidence + (1 - self.confidence) * progress
 
-    def teach(self, logits: Tensor, images: Tensor, weights: Sequence[float]) -> Tensor:
+    def teach(self, logits: Tensor, batch: Batch, weights: Sequence[float]) -> Tensor:
         """What the student's logits ``(B, K)`` lack of the experts': the weighted sum of the distillations."""
         total = logits.new_zeros(())
-        for (network, head), classes, weight in zip(self.models, self.classes, weights, strict=True):
+        for (features_of, head), classes, weight in zip(self.models, self.classes, weights, strict=True):
             if weight > 0:
-                with torch.no_grad(), self.precision:
-                    features = network(images)
-                expert = head(features.float())[:, classes]
+                with torch.no_grad():
+                    expert = head(features_of(batch))[:, classes]
                 total = total + weight * distillation(logits[:, classes], expert, self.temperature)
         return total
 

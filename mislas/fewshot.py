@@ -30,7 +30,7 @@ from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier
 from .samplers import one_image_each
-from .train import Options, Trained, _loop, autocast, batches_of, host_rng, plain_images, torch_rng, training_part
+from .train import Options, Trained, _loop, batches_of, forward, host_rng, plain_images, torch_rng, training_part
 
 
 def base_and_novel(data: Dataset | ListDataset) -> tuple[list[int], list[int]]:
@@ -173,8 +173,7 @@ def train_few_shot(
     targets = torch.searchsorted(torch.tensor(base), data.train_targets[inside])
     batches = batches_of(data.only(inside, targets), stage, "stage2", config.seed, options)
     features = features[inside].to(device)
-    precision, posing = autocast(config, device), max(1, min(len(novel), len(base) // 2))
-    forward = torch.compile(network, dynamic=False) if options.compile else network
+    features_of, posing = forward(network, config, options), max(1, min(len(novel), len(base) // 2))
     steps = -(-len(targets) // stage.batch_size)
 
     def episodes(epoch: int) -> Iterator[list[Tensor]]:
@@ -183,9 +182,9 @@ def train_few_shot(
         for batch, posed, images in zip(
             batches.epoch(epoch), *(torch.from_numpy(d).to(device) for d in drawn), strict=True
         ):
-            with torch.no_grad(), precision:
-                x = forward(batch.images)
-            logits = head.episode(x.float(), features[images], posed)
+            with torch.no_grad():
+                x = features_of(batch)
+            logits = head.episode(x, features[images], posed)
             asked = (batch.index[:, None] != images.flatten()).all(dim=1).float()  # not about an image that is shown
             losses = asked * cross_entropy(logits, batch.targets)
             yield [losses.sum() / asked.sum().clamp_min(1)]

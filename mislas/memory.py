@@ -20,7 +20,7 @@ from .evaluate import predict
 from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier, freeze_but_last_block, init_kaiming
-from .train import Options, Trained, _loop, autocast, batches_of, plain_images, torch_rng, training_part
+from .train import Options, Trained, _loop, batches_of, forward, plain_images, torch_rng, training_part
 
 CENTROID_LR = 0.1  # the centroids' learning rate, as a ratio of the classifier's
 
@@ -124,14 +124,12 @@ def train_memory(
     if trains:
         learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
         groups.append({"params": learned, "lr": stage.lr * stage.backbone_lr})
-    batches, precision = batches_of(data, stage, "stage2", config.seed, options), autocast(config, device)
-    forward = torch.compile(network, dynamic=False) if options.compile else network
+    batches = batches_of(data, stage, "stage2", config.seed, options)
+    features_of = forward(network, config, options)
 
     def steps(epoch: int) -> Iterator[list[Tensor]]:
         for batch in batches.epoch(epoch):
-            with precision:
-                features = forward(batch.images)
-            features = features.float()
+            features = features_of(batch)
             loss = cross_entropy(head(features), batch.targets).mean()
             yield [loss + stage.centroid_weight * head.centroid_loss(features, batch.targets)]
 

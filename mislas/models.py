@@ -296,7 +296,8 @@ class TwoBranches(nn.Module):
     """A ResNet whose last block is there twice: conventional and re-balancing branch (BBN, Zhou et al., 2020).
 
     ``network(images)`` are the features for testing: both branches side by side, ``(B, 2 M)``. In training each branch
-    sees its own images, ``network.branch(images, which)``, and the features are mixed by :func:`mix_branches`.
+    sees its own images: ``network(images, which)`` are the features ``(B, M)`` of the conventional (0) or the
+    re-balancing (1) branch, to be mixed by :func:`mix_branches`.
     """
 
     def __init__(self, network: nn.Module):
@@ -310,12 +311,10 @@ class TwoBranches(nn.Module):
         self.branches = nn.ModuleList([last, copy.deepcopy(last)])
         self.num_features = 2 * network.num_features
 
-    def branch(self, images: Tensor, which: int) -> Tensor:
-        """Features ``(B, M)`` of the conventional (0) or the re-balancing (1) branch."""
-        return self.branches[which](self.stem(images)).mean(dim=(2, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, which: int | None = None) -> Tensor:
         shared = self.stem(images)
+        if which is not None:
+            return self.branches[which](shared).mean(dim=(2, 3))
         return mix_branches(*(block(shared).mean(dim=(2, 3)) for block in self.branches), alpha=0.5)
 
 

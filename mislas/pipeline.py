@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
 from .data import ListSpec, write_atomically
+from .distributed import piece
 from .errors import DataError, MislasError, unknown
 from .lists import PREPARED, ImageList, in_threads, read_image
 from .samplers import SAMPLERS
@@ -101,13 +102,10 @@ def jitter_(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def pieces(n: int, batch_size: int, rank: int, world: int) -> list[tuple[int, int]]:
-    """Which positions of an epoch a rank takes in each step: ``(start, stop)`` per step.
-
-    In every step the ranks' pieces are disjoint, in order, together the whole batch, and differ in length by at most 1.
-    Only in the last step a piece can be empty, if fewer than ``world`` images are left.
-    """
-    steps = ((start, min(batch_size, n - start)) for start in range(0, n, batch_size))
-    return [(start + size * rank // world, start + size * (rank + 1) // world) for start, size in steps]
+    """Which positions of an epoch a rank takes in each step, ``(start, stop)``: its
+    :func:`mislas.distributed.piece` of every batch."""
+    steps = ((start, piece(min(batch_size, n - start), rank, world)) for start in range(0, n, batch_size))
+    return [(start + part.start, start + part.stop) for start, part in steps]
 
 
 class _Decoder(torch.utils.data.Dataset):

@@ -27,7 +27,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
 
-from . import __version__
+from . import __version__, distributed
 from .adjust import adjust
 from .augment import Images
 from .config import Adjustment, FewShot, Memory, RunConfig
@@ -208,7 +208,8 @@ def run(
     """Get runs from the store, training first what is not there.
 
     Stage-1 is trained once for all runs that share it, and Stage-2 runs that can share a pass through the backbone do.
-    A run that was killed goes on from its checkpoint.
+    A run that was killed goes on from its checkpoint. Where several processes train together each of them calls this,
+    and all must see the store and the data; the first of them writes.
 
     Returns:
         One record per configuration, in order.
@@ -216,12 +217,14 @@ def run(
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     options = options or Options()
     datasets: dict[tuple[str, float], Dataset | ListDataset] = {}
-    for group in plan(configs, store):
+    for group in distributed.agree(lambda: plan(configs, store)):
         name, imbalance = key = group[0].dataset, group[0].imbalance
         if key not in datasets:
-            datasets = {key: load(name, data_root, imbalance, download=download)}  # one at a time in memory
+            with distributed.first():
+                datasets = {key: load(name, data_root, imbalance, download=download)}  # one at a time in memory
         weights = find_weights(group[0].stage1.weights, data_root) if _needs_weights(group[0]) else None
         _run_group(group, datasets[key], store, options, weights)
+        distributed.agree(None)  # nobody goes on before the first has written
     return [store.get(config) for config in configs]
 
 
@@ -263,7 +266,8 @@ def _run_group(
     if first.stage2 is None:
         experts = [store.get_weights(expert, data.num_classes) for expert in first.experts]
         trained = train_stage1(first, data, options, checkpoint, along_the_way, weights, experts)
-        store.put_weights(first, trained.backbone, trained.heads[0])
+        if distributed.rank() == 0:
+            store.put_weights(first, trained.backbone, trained.heads[0])
     else:
         stage1 = store.get_weights(first.stage1_only, data.num_classes)
         if isinstance(first.stage2, Adjustment):
@@ -274,7 +278,8 @@ def _run_group(
         else:
             trained = train_stage2(group, stage1, data, options, checkpoint, along_the_way)
     finish(group, trained, data, test, store, options)
-    checkpoint.unlink(missing_ok=True)
+    if distributed.rank() == 0:
+        checkpoint.unlink(missing_ok=True)
 
 
 def finish(
@@ -289,6 +294,8 @@ def finish(
     statistics = batch_norm_statistics(trained.backbone)
     source = provenance(data, options, trained.seconds)
     outputs = predict(trained.backbone, trained.heads, test)
+    if distributed.rank() > 0:
+        return
     for config, head, logits, history in zip(group, trained.heads, outputs, trained.histories, strict=True):
         metrics, predictions = summarise(logits, data.test_targets, data.groups)
         history[-1]["test_accuracy"] = round(metrics["accuracy"], 4)
@@ -308,7 +315,7 @@ def finish(
 
 def batch_norm_statistics(network: nn.Module) -> dict[str, np.ndarray]:
     """Running mean and variance of the first and the last batch-norm layer (Figure 6)."""
-    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     return {
         f"bn_{place}_{name}": getattr(layer, f"running_{name}").cpu().numpy()
         for place, layer in (("first", layers[0]), ("last", layers[-1]))
@@ -338,15 +345,16 @@ def provenance(data: Dataset | ListDataset, options: Options, seconds: float) ->
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name, as records have it."""
+    """The GPU's or the processor's name, as records have it, and how many processes train together."""
+    together = f"{distributed.world()} x " if distributed.world() > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return together + torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{name} (CPU, {os.cpu_count()} cores)"
+    return f"{together}{name} (CPU, {os.cpu_count()} cores)"
 
 
 def _commit() -> str:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import distributed
 from .augment import Images, cutmix, mixup, remix_weight
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import Dataset, write_atomically
@@ -52,10 +53,11 @@ class Options:
     """How to train, as opposed to what: nothing here decides a number (up to the rounding of the device).
 
     Attributes:
-        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes a GPU if there is one.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None takes a GPU if there is one. Of several processes on a machine
+            each takes its own.
         compile: fuse the backbone with ``torch.compile`` (needs a C++ compiler; pays on long runs).
         eval_every: epochs between evaluations on the test set along the way; the last epoch is always evaluated.
-        checkpoint_every: seconds between checkpoints.
+        checkpoint_every: seconds between checkpoints; several processes write one every epoch.
         progress: whether to show a progress bar.
         workers: processes that decode image files; 0 decodes in this one, None takes one per processor.
         deadline: a time of ``time.monotonic()`` before which training stops with :class:`OutOfTime`, checkpointed.
@@ -73,6 +75,8 @@ class Options:
         """The device, or :class:`MislasError` if this machine does not have it."""
         try:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            if device.type == "cuda" and device.index is None and distributed.world() > 1:
+                device = torch.device("cuda", distributed.local_rank())
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
@@ -150,7 +154,8 @@ class Batch:
     """Augmented images and their labels.
 
     Attributes:
-        images: float32 ``(B, 3, H, W)``, mixed if the stage mixes.
+        images: float32 ``(B, 3, H, W)``, mixed if the stage mixes. Where several processes train together it is this
+            one's :func:`mislas.distributed.piece` of the batch; all else is of the whole batch.
         targets: ``(B,)``.
         partner_targets: labels that were mixed in, ``(B,)``, or None.
         weight: weight of the image's own label in 0..1: one number, or one per image (Remix).
@@ -170,6 +175,7 @@ def mixed(
     """A plain batch mixed with itself, by mixup or in the stage's other way.
 
     Args:
+        batch: with all its images; this process's piece of them is mixed and returned.
         lam: weight of the image itself, 0..1.
         partner: whom each image is mixed with, ``(B,)``.
         centres: what the centre of CutMix's box is drawn from.
@@ -182,7 +188,7 @@ def mixed(
         x, weight = mixup(x, lam, partner), lam
     if mix == "remix":
         weight = remix_weight(lam, counts[y], counts[other], stage.remix_kappa, stage.remix_tau)
-    return Batch(x, y, other, weight, batch.index)
+    return Batch(x[distributed.piece(len(y))], y, other, weight, batch.index)
 
 
 class Batches:
@@ -203,7 +209,10 @@ class Batches:
             sampler or stage.sampler_in(epoch),
         )  # fmt: skip
         for drawn, lam, partner in draws:
-            batch = Batch(self.images.batch(*drawn), self.targets[drawn[0]], index=drawn[0])
+            index = drawn[0]
+            if partner is None:
+                drawn = [part[distributed.piece(len(index))] for part in drawn]
+            batch = Batch(self.images.batch(*drawn), self.targets[index], index=index)
             yield batch if partner is None else mixed(batch, stage, lam, partner, centres, self.counts)
 
 
@@ -216,7 +225,10 @@ class ListBatches:
     ):  # fmt: skip
         from .pipeline import ImageBatches  # here: torchvision takes seconds to import
 
-        self.images = ImageBatches(data.train, data.spec, stage.batch_size, device=device, workers=workers)
+        self.images = ImageBatches(
+            data.train, data.spec, stage.batch_size, device=device, workers=workers,
+            rank=distributed.rank(), world=distributed.world(),
+        )  # fmt: skip
         self.counts = torch.tensor(data.class_counts, dtype=torch.float32, device=device)
         self.targets_host = data.train_targets.numpy()
         self.stage, self.purpose, self.device = stage, (seed, stage_name), device
@@ -225,11 +237,11 @@ class ListBatches:
         """The batches of an epoch (from 0), by the stage's sampler or another."""
         stage, purpose = self.stage, (*self.purpose, epoch) if sampler is None else (*self.purpose, epoch, sampler)
         sampler = sampler or stage.sampler_in(epoch)
-        sizes = [stop - start for start, stop in self.images.pieces]
         order = SAMPLERS[sampler](host_rng(*purpose), self.targets_host)  # what images.epoch draws first
-        index = torch.from_numpy(order).to(self.device).split(sizes)
+        index = torch.from_numpy(order).to(self.device).split(stage.batch_size)
+        sizes = [len(places) for places in index]
         drawn = zip(self.images.epoch(host_rng(*purpose), sampler), index, strict=True)
-        plain = (Batch(images, targets, index=places) for (images, targets), places in drawn)
+        plain = (Batch(images, self.images.targets[places], index=places) for (images, _), places in drawn)
         if stage.mixup is None:
             yield from plain
             return
@@ -237,13 +249,19 @@ class ListBatches:
         lams = rng.beta(stage.mixup, stage.mixup, size=len(sizes))
         partners = torch.from_numpy(np.concatenate([rng.permutation(size) for size in sizes])).to(self.device)
         for batch, lam, partner in zip(plain, lams, partners.split(sizes), strict=True):
+            batch.images = distributed.gather(batch.images, len(partner))
             yield mixed(batch, stage, float(lam), partner, centres, self.counts)
 
 
 def batches_of(
     data: Dataset | ListDataset, stage: Stage1 | Stage2, stage_name: str, seed: int, options: Options
 ) -> Batches | ListBatches:
-    """The epochs of a stage over a dataset, on the device that the options say."""
+    """The epochs of a stage over a dataset, on the device that the options say.
+
+    Raises:
+        MislasError: a batch size that the processes that train together do not divide.
+    """
+    distributed.check_batch_size(stage.batch_size)
     if isinstance(data, ListDataset):
         return ListBatches(data, stage, stage_name, seed, options.torch_device(), options.workers)
     return Batches(data, stage, stage_name, seed, options.torch_device())
@@ -260,7 +278,10 @@ def plain_images(data: Dataset | ListDataset, options: Options, which: Tensor | 
         from .pipeline import ImageBatches  # here: torchvision takes seconds to import
 
         images = data.test if which is None else data.train.only(which)
-        return ImageBatches(images, data.spec, min(256, len(images)), device=device, workers=options.workers)
+        return ImageBatches(
+            images, data.spec, max(distributed.world(), min(256, len(images))), device=device, workers=options.workers,
+            rank=distributed.rank(), world=distributed.world(),
+        )  # fmt: skip
     images = data.test_images if which is None else data.train_images[which]
     return Images(images, data.spec.mean, data.spec.std, padding=0, device=device)
 
@@ -337,14 +358,11 @@ def train_stage1(
     learned = [p for p in (*network.parameters(), *head.parameters()) if p.requires_grad]
     groups = [{"params": learned, "lr": stage.lr}]
     batches = batches_of(data, stage, "stage1", config.seed, options)
-    objective = Objective(stage, data.class_counts, device)
-    precision = autocast(config, device)
+    objective, features_of = Objective(stage, data.class_counts, device), forward(network, config, options)
 
     def one_branch(epoch: int) -> Iterator[list[Tensor]]:
         for batch in batches.epoch(epoch):
-            with precision:
-                features = forward(batch.images)
-            features = features.float()
+            features = features_of(batch)
             loss = objective(head(features), batch, epoch)
             if stage.metric is not None:
                 loss = loss + stage.metric_weight * METRICS[stage.metric](features, batch.targets)
@@ -354,27 +372,21 @@ def train_stage1(
         expert_weights = teachers.expert_weights(network, head)
         image_weights = teachers.image_weights(epoch / stage.epochs)
         for batch in batches.epoch(epoch):
-            with precision:
-                features = forward(batch.images)
-            logits = head(features.float())
+            logits = head(features_of(batch))
             own = (image_weights[batch.index] * objective.loss(logits, batch.targets)).mean()
-            yield [own + teachers.teach(logits, batch.images, expert_weights)]
+            yield [own + teachers.teach(logits, batch, expert_weights)]
 
     def two_branches(epoch: int) -> Iterator[list[Tensor]]:
         alpha = 1 - (epoch / stage.epochs) ** 2  # parabolic decay (Zhou et al., 2020)
         for pair in zip(batches.epoch(epoch), batches.epoch(epoch, stage.second_sampler), strict=True):
-            with precision:
-                features = [branch(batch.images, which) for which, batch in enumerate(pair)]
-            logits = head(mix_branches(*features, alpha).float())
+            features = [features_of(batch, which) for which, batch in enumerate(pair)]
+            logits = head(mix_branches(*features, alpha))
             conventional, rebalancing = (objective(logits, batch, epoch) for batch in pair)
             yield [alpha * conventional + (1 - alpha) * rebalancing]
 
-    forward = torch.compile(network, dynamic=False) if options.compile else network
-    if stage.second_sampler:
-        branch = torch.compile(network.branch, dynamic=False) if options.compile else network.branch
     steps = two_branches if stage.second_sampler else one_branch
     if stage.distillation is not None:
-        teachers = Experts(experts, whole.groups, data, whole.only(held), stage.distillation, precision, options)
+        teachers = Experts(experts, whole.groups, data, whole.only(held), config, options)
         steps = taught
     trained = _loop(
         [config], "stage1", network, [head], [groups], steps,
@@ -414,14 +426,13 @@ def train_stage2(
         heads.append(head.to(device))
         groups.append(head.parameter_groups(s.lr, s.delta_lr or 1.0))
         objectives.append(Objective(s, data.class_counts, device))
-    batches, precision = batches_of(data, first.stage2, "stage2", first.seed, options), autocast(first, device)
-    forward = torch.compile(network, dynamic=False) if options.compile else network
+    batches = batches_of(data, first.stage2, "stage2", first.seed, options)
+    features_of = forward(network, first, options)
 
     def on_frozen_features(epoch: int) -> Iterator[list[Tensor]]:
         for batch in batches.epoch(epoch):
-            with torch.no_grad(), precision:
-                features = forward(batch.images)
-            features = features.float()
+            with torch.no_grad():
+                features = features_of(batch)
             yield [objective(head(features), batch, epoch) for head, objective in zip(heads, objectives, strict=True)]
 
     return _loop(
@@ -430,9 +441,22 @@ def train_stage2(
     )  # fmt: skip
 
 
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The context in which a run's backbone computes."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable[..., Tensor]:
+    """What gives the features of a batch, float32 ``(B, M)``, computed at the run's precision.
+
+    Where several processes train together each sends its piece of the images through ``network``, whose batch norm is
+    changed in place to take statistics over all of them.
+    """
+    call = distributed.replicate(network)
+    call = torch.compile(call, dynamic=False) if options.compile else call
+    precision = torch.autocast(options.torch_device().type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    def features_of(batch: Batch, *branch: int) -> Tensor:
+        with precision:
+            features = call(batch.images, *branch)
+        return distributed.gather(features.float(), len(batch.targets))
+
+    return features_of
 
 
 def _loop(
@@ -461,12 +485,14 @@ def _loop(
     state = _State(network, heads, optimizers, histories=[[] for _ in configs])
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, configs)
+    learned_alone = [p for head in heads for p in head.parameters() if p.requires_grad]
+    main, every = distributed.rank() == 0, options.checkpoint_every if distributed.world() == 1 else 0.0
     started = saved = time.monotonic()
     before, first_epoch = state.seconds, state.epoch
     bar = tqdm(
         total=stage.epochs * images, initial=state.epoch * images, unit="img", unit_scale=True,
         desc=_describe(configs, stage_name), mininterval=1.0, leave=False,
-        **({} if options.progress else {"disable": True}),  # not said otherwise, TQDM_DISABLE has its way
+        **({} if options.progress and main else {"disable": True}),  # not said otherwise, TQDM_DISABLE has its way
     )  # fmt: skip
     with bar:
         for epoch in range(state.epoch, stage.epochs):
@@ -481,6 +507,7 @@ def _loop(
                     optimizer.zero_grad()
                 step = torch.stack(losses)
                 step.sum().backward()  # heads share no parameter: each gets its own gradient alone
+                distributed.average_gradients(learned_alone)
                 for optimizer in optimizers:
                     optimizer.step()
                 size = min(stage.batch_size, left)
@@ -502,7 +529,8 @@ def _loop(
             now = time.monotonic()
             per_epoch = (now - started) / (epoch + 1 - first_epoch)
             over = options.deadline is not None and not last and now + 1.2 * per_epoch + 2 > options.deadline
-            if checkpoint is not None and (last or over or now - saved >= options.checkpoint_every):
+            over = distributed.agree(over)
+            if main and checkpoint is not None and (last or over or now - saved >= every):
                 state.save(checkpoint, configs)
                 saved = now
             if over:

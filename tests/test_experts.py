@@ -17,7 +17,7 @@ from mislas.evaluate import predict
 from mislas.experts import Experts, distillation, of_group, selection
 from mislas.methods import configure
 from mislas.runs import Store, plan, run
-from mislas.train import Options, autocast, train_stage1
+from mislas.train import Batch, Options, train_stage1
 
 QUICK = {"epochs": 4, "stage2.epochs": 2}
 OPTIONS = Options(device="cpu", progress=False)
@@ -110,9 +110,7 @@ def models(whole):
 @pytest.fixture
 def teachers(data, models):
     train, held = data.hold_out(0.1)
-    device = torch.device("cpu")
-    options = Options(device="cpu")
-    return Experts(models, data.groups, train, data.only(held), 2.0, autocast(STUDENT, device), options)
+    return Experts(models, data.groups, train, data.only(held), STUDENT, Options(device="cpu"))
 
 
 def test_experts_come_first_then_the_student_then_oltr(whole):
@@ -164,11 +162,12 @@ def test_the_students_lesson_is_the_weighted_sum_over_groups(data, models, teach
     expected = 0
     for (network, head), classes, weight in zip(models, data.groups.values(), (0.5, 0.0, 1.0), strict=True):
         expected = expected + weight * distillation(logits[:, classes], head(network(images))[:, classes], 2.0).item()
-    found = teachers.teach(logits, images, [0.5, 0.0, 1.0])
+    batch = Batch(images, torch.zeros(8, dtype=torch.int64))
+    found = teachers.teach(logits, batch, [0.5, 0.0, 1.0])
     assert found.item() == pytest.approx(expected, rel=1e-5)
     found.backward()
     assert not logits.grad[:, data.groups["medium"]].any()
-    assert teachers.teach(logits, images, [0, 0, 0]).item() == 0
+    assert teachers.teach(logits, batch, [0, 0, 0]).item() == 0
 
 
 def test_an_expert_has_nothing_to_teach_itself(data, models, teachers):

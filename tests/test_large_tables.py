@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mislas import paper
-from mislas.campaign import Job, _kind, estimate
+from mislas.campaign import Job, _kind, estimate, wanted
 from mislas.cli import _parser, parse_overrides
 from mislas.methods import METHODS, configure
 from mislas.plots import missing_commands, reliability_figure, smooth, weight_norm_figure
-from mislas.study import Study
+from mislas.study import SHORT, Study
 from mislas.tables import (
     TABLE1_GAINS,
     TABLE1_TITLES,
@@ -69,6 +69,15 @@ def test_networks_are_those_asked_for_unless_the_overrides_name_one(tmp_path):
     }
     study = Study(results_root=tmp_path, overrides={"backbone": "resnet18"})
     assert list(study.networks("imagenet-lt", ["resnet10", "resnet50"])) == ["ResNet-18"]
+
+
+def test_the_neighbour_has_a_shorter_schedule_beside_the_default(stored):
+    networks = stored.networks("tinyimagenet64", ["resnet10"])
+    assert networks == {"ResNet-10, 40 epochs": SHORT, "ResNet-10": {"backbone": "resnet10"}}
+    first = wanted("tinyimagenet64")[0]
+    assert first.canonical() == configure("tinyimagenet64", "ce", 100, 0, SHORT).canonical()
+    mixed = stored.configs("tinyimagenet64", "lws+mixup", None, SHORT | {"stage2.mixup": 1.0})
+    assert {c.id for c in mixed} <= {c.id for c in wanted("tinyimagenet64")[:11]}
 
 
 def test_the_neighbour_of_the_large_benchmarks_is_named_as_one(stored):

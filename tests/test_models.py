@@ -425,9 +425,9 @@ def test_two_branches_share_all_but_the_last_block():
     x = torch.randn(2, 3, 16, 16)
     for which in (0, 1):
         plain.blocks.append(network.branches[which])
-        torch.testing.assert_close(network.branch(x, which), plain(x))
+        torch.testing.assert_close(network(x, which), plain(x))
         del plain.blocks[-1]
-    torch.testing.assert_close(network(x), mix_branches(network.branch(x, 0), network.branch(x, 1), 0.5))
+    torch.testing.assert_close(network(x), mix_branches(network(x, 0), network(x, 1), 0.5))
     assert network(x).shape == (2, network.num_features)
 
 

@@ -1,0 +1,232 @@
+"""Two gloo processes on the CPU give what one process gives."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+
+from mislas import Options, Store, configure, run
+from mislas.config import Stage1
+from mislas.data import load
+from mislas.distributed import agree, average_gradients, gather, piece, replicate, world
+from mislas.errors import MislasError
+from mislas.evaluate import predict
+from mislas.models import TwoBranches, backbone, stage1_model
+from mislas.train import batches_of, plain_images
+
+KINDS = ["mislas", "bbn", "oltr+lfme", "fslwf", "ncm+mixup+shift", "range"]
+N, WORLD = 7, 2  # a batch that two processes cannot halve
+
+
+# ------------------------------------------------------------------------------------------------ what each does alone
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 7, 256])
+@pytest.mark.parametrize("of", [1, 2, 3, 4])
+def test_pieces_are_the_batch(n, of):
+    places = list(range(n))
+    pieces = [places[piece(n, which, of)] for which in range(of)]
+    assert list(itertools.chain(*pieces)) == places
+    assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+def test_one_process_changes_nothing():
+    part, network = torch.ones(3, 2, requires_grad=True), backbone("resnet8")
+    assert world() == 1
+    assert gather(part) is part
+    assert replicate(network) is network
+    assert all(type(m) is not nn.SyncBatchNorm for m in network.modules())
+    assert agree(lambda: 3) == agree(3) == 3
+
+
+# ------------------------------------------------------------------------------------------------ what two do together
+
+
+def model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()), nn.Linear(4 * 36, 3)
+
+
+def batch(n=N):
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(n, 3, 8, 8, generator=generator) * 3 + 1, torch.arange(n) % 3
+
+
+def one_step(n=N):
+    """Loss, gradients and running statistics of a step on a batch, by this process's share of it."""
+    network, head = model()
+    images, targets = batch(n)
+    call = replicate(network)
+    features = gather(call(images[piece(n)]), n)
+    loss = nn.functional.cross_entropy(head(features), targets)
+    loss.backward()
+    average_gradients(head.parameters())
+    gradients = [p.grad for p in (*network.parameters(), *head.parameters())]
+    return [loss.detach(), *gradients, network[1].running_mean, network[1].running_var, features.detach()]
+
+
+def two_branch_gradients():
+    torch.manual_seed(3)
+    network = TwoBranches(backbone("resnet8"))
+    call, images = replicate(network), torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    features = [gather(call(shown[piece(3)], which), 3) for which, shown in enumerate(images.split(3))]
+    torch.cat(features).square().mean().backward()
+    return [p.grad for p in network.parameters()]
+
+
+def digits_batches(method):
+    """Batches of an epoch: images put together again, labels, and the share of the own label."""
+    data, config = load("digits", imbalance=50), configure("digits", method, 50)
+    found = batches_of(data, config.stage1, "stage1", 0, Options(device="cpu")).epoch(0)
+    return [(gather(b.images, len(b.targets)), b.targets, b.weight) for b in found]
+
+
+def digits_logits():
+    data = load("digits", imbalance=50)
+    torch.manual_seed(5)
+    network, head = stage1_model("resnet8", 10)
+    return predict(network, [head], plain_images(data, Options(device="cpu")))[0]
+
+
+def digits_runs(folder):
+    """What runs on digits come to, of every kind of Stage-1 and Stage-2."""
+    short = {"precision": "fp32", "stage1.epochs": 1, "stage1.lr": 0.001, "stage2.epochs": 1, "stage2.lr": 0.001}
+    configs = [configure("digits", method, 50, overrides=short) for method in KINDS]
+    records = run(configs, Store(folder), None, Options(device="cpu", progress=False))
+    return {r.config.method: [r.metrics["nll"], r.history[-1].get("train_loss", 0.0)] for r in records}
+
+
+def refused():
+    stage = Stage1(epochs=1, batch_size=3, lr=0.1, weight_decay=0, schedule="cosine")
+    try:
+        batches_of(load("digits", imbalance=50), stage, "stage1", 0, Options(device="cpu"))
+    except MislasError as error:
+        return str(error)
+
+
+def fail_at_first():
+    def fails():
+        raise MislasError("the first says no")
+
+    try:
+        agree(fails)
+    except MislasError as error:
+        return str(error)
+
+
+def everything(folder):
+    return {
+        "runs": digits_runs(folder / "store"),
+        "step": one_step(),
+        "one image": one_step(1),
+        "two branches": two_branch_gradients(),
+        "ce": digits_batches("ce"),
+        "mixup": digits_batches("mixup"),
+        "remix": digits_batches("remix"),
+        "logits": digits_logits(),
+    }
+
+
+def process(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    found = everything(folder) | {"refused": refused(), "agreed": agree(rank + 5), "failed": fail_at_first()}
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(process, (folder,), nprocs=WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return everything(tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_a_run_of_two_processes_is_that_of_one(found, alone, method):
+    for two in found:
+        assert two["runs"][method] == pytest.approx(alone["runs"][method], abs=1e-3)
+
+
+@pytest.mark.parametrize("what", ["step", "one image", "two branches", "ce", "mixup", "remix", "logits"])
+def test_each_of_two_processes_has_what_one_has(found, alone, what):
+    one = alone[what]
+    for two in found:
+        torch.testing.assert_close(two[what], one, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_first_has_is_agreed_upon(found):
+    for two in found:
+        assert two["agreed"] == 5
+        assert two["failed"] == "the first says no"
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(found):
+    assert "3 images cannot be shared evenly by 2 processes" in found[0]["refused"]
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+# At the usual learning rates rounding grows within some epochs to what another seed would do.
+SETTINGS = {"precision": "fp32", "stage1.epochs": 3, "stage2.epochs": 2, "stage1.lr": 0.001, "stage2.lr": 0.01}
+
+
+def torchrun(store, *more, **kwargs):
+    settings = [f"--set={key}={value}" for key, value in SETTINGS.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *more]
+    train = ["-m", "mislas.cli", "train", "--dataset", "generated", "--method", "mislas", "--device", "cpu"]
+    train += ["--workers", "0", "--quiet", "--results-root", str(store), *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command + train, env=environment, stdout=-1, stderr=-1, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("one"))
+    config = configure("generated", "mislas", overrides=SETTINGS)
+    run([config], store, None, Options(device="cpu", workers=0, progress=False))
+    return config, store
+
+
+def same(config, one, two):
+    for stage in (config.stage1_only, config):
+        a, b = one.get(stage), two.get(stage)
+        assert b.provenance["device"].startswith("2 x ")
+        losses = ([row["train_loss"] for row in record.history] for record in (a, b))
+        np.testing.assert_allclose(*losses, rtol=5e-3)
+        assert (a.predictions().predicted == b.predictions().predicted).mean() > 0.96
+        for name in ("accuracy", "ece", "nll", "brier", "confidence"):
+            assert b.metrics[name] == pytest.approx(a.metrics[name], abs=0.02)
+        for name in ("weight_norm", "bn_first_mean", "bn_first_var", "bn_last_mean", "bn_last_var"):
+            np.testing.assert_allclose(b.arrays()[name], a.arrays()[name], rtol=0.02, atol=0.05)
+
+
+def test_a_killed_process_is_started_again_and_the_run_is_that_of_one_process(one_process, tmp_path):
+    config, one = one_process
+    training = torchrun(tmp_path, "--max-restarts", "1")
+    checkpoint = Store(tmp_path).checkpoint([config.stage1_only])
+    until = time.monotonic() + 240
+    while not checkpoint.exists():
+        assert training.poll() is None, training.stderr.read()
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(training.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    said, complained = training.communicate(timeout=240)
+    assert training.returncode == 0, complained
+    same(config, one, Store(tmp_path))
+    assert not list(tmp_path.glob("*/*.ckpt"))
+    assert said.count(config.id) == 1  # the first process alone reports

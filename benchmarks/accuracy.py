@@ -4,7 +4,7 @@
 - ours: what ``mislas train`` runs: bfloat16, channels-last, fused SGD, augmentation on the device.
 
 Network, initial distribution, learning rates, weight decay and epochs are the same; each way draws its own randomness,
-so that a seed of one has nothing to do with the same seed of the other. Measured is the test accuracy at the last epoch.
+so that a seed of one has nothing to do with the same seed of the other. Measured is test accuracy at the last epoch.
 With --save every run is kept as it ends: the same command goes on where it was stopped.
 
     python benchmarks/accuracy.py --dataset cifar10-jpeg --data-root data --save benchmarks/results/accuracy-mine.json

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -29,14 +28,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
-from torchvision import transforms
+from usual import usual_epoch, usual_loader
 
 from mislas import Dataset, Options, RunConfig, configure
 from mislas.campaign import GRID
-from mislas.data import CIFAR_MEAN, CIFAR_STD
 from mislas.models import backbone
 from mislas.runs import device_name
 from mislas.train import train_stage1, train_stage2
@@ -56,28 +52,6 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class PilImages(torch.utils.data.Dataset):
-    """Images as people usually hold them."""
-
-    def __init__(self, data: Dataset):
-        self.images = [Image.fromarray(image.numpy()) for image in data.train_images]
-        self.targets = data.train_targets.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(CIFAR_MEAN, CIFAR_STD),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int):
-        return self.transform(self.images[i]), self.targets[i]
-
-
 def sgd(network: nn.Module, **kwargs) -> torch.optim.SGD:
     return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=2e-4, **kwargs)
 
@@ -85,16 +59,11 @@ def sgd(network: nn.Module, **kwargs) -> torch.optim.SGD:
 def usual(data: Dataset, device: torch.device) -> Callable[[], float]:
     network = nn.Sequential(backbone("resnet32"), nn.Linear(64, 10)).to(device).train()
     optimizer = sgd(network)
-    workers = min(8, os.cpu_count() or 1)
-    loader = DataLoader(PilImages(data), BATCH, shuffle=True, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = usual_loader(data, BATCH, device)
 
     def epoch() -> float:
         start = time.perf_counter()
-        for images, targets in loader:
-            loss = F.cross_entropy(network(images.to(device)), targets.to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+        usual_epoch(network, loader, optimizer, device)
         synchronize(device)
         return time.perf_counter() - start
 

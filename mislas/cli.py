@@ -1,4 +1,4 @@
-"""The command line: ``mislas train | eval | list | show | campaign | merge | data``."""
+"""The command line: ``mislas train | submit | eval | list | show | campaign | merge | data``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, distributed
+from . import __version__, cluster, distributed
 from .campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
-from .config import field_names, takes_text
+from .config import RunConfig, field_names, takes_text
 from .data import LISTS, SPECS, load
 from .errors import MislasError, RecordError, unknown
 from .evaluate import BINS, predict, summarise
@@ -34,6 +34,7 @@ examples:
   mislas train --dataset imagenet-lt --method mislas --data-root data
   torchrun --nproc-per-node 4 -m mislas.cli train --dataset imagenet-lt --method mislas --data-root data    (4 GPUs)
   mislas train --dataset cifar10-jpeg --method ce mixup mislas --imbalance 100 50 10 --seed 0 1 2 --data-root data
+  mislas submit --dataset cifar10 --method mislas --seed 0 1 2 --data-root data --dry-run     (jobs for Slurm)
   mislas list
   mislas show 6b5417f459cc
   mislas eval 6b5417f459cc --bins 10
@@ -71,26 +72,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"mislas {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{train,eval,list,show,campaign,merge,data}")
+    commands = parser.add_subparsers(required=True, metavar="{train,submit,eval,list,show,campaign,merge,data}")
     store = argparse.ArgumentParser(add_help=False)
     store.add_argument(
         "--results-root", metavar="DIR", help="the store of finished runs (default: the project's results/)"
     )
 
-    train = commands.add_parser(
-        "train",
-        parents=[store],
-        help="train what is not in the store yet",
-        description="Train the runs asked for: every combination of method, imbalance factor and seed. What the store "
-        "has is not trained again, Stage-1 is shared, and a run that was stopped goes on from its checkpoint.",
-        epilog="fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(_wrap(field_names())),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join([*SPECS, *LISTS])}")
-    train.add_argument(
+    asked = argparse.ArgumentParser(add_help=False)  # what "train" and "submit" have in common
+    asked.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join([*SPECS, *LISTS])}")
+    asked.add_argument(
         "--method", required=True, nargs="+", metavar="NAME", help=f"one or more of: {', '.join(METHODS)}"
     )
-    train.add_argument(
+    asked.add_argument(
         "--imbalance",
         type=float,
         nargs="+",
@@ -98,37 +91,77 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IF",
         help="imbalance factors >= 1; 1 is balanced (default: 100). Datasets of list files have their own",
     )
-    train.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
-    train.add_argument("--data-root", metavar="DIR", help="folder with the images; digits and generated need none")
-    train.add_argument(
+    asked.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
+    asked.add_argument("--data-root", metavar="DIR", help="folder with the images; digits and generated need none")
+    asked.add_argument(
         "--workers",
         type=int,
         metavar="N",
         help="processes that decode image files; 0 decodes in this one (default: one per processor)",
     )
-    train.add_argument("--download", action="store_true", help="fetch CIFAR-10/100 into --data-root if missing")
-    train.add_argument(
+    asked.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
         help="change a field of every run, e.g. epochs=20 or stage2.eps_1=0.4 (repeatable)",
     )
-    train.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    train.add_argument(
+    asked.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    asked.add_argument(
         "--compile",
         action="store_true",
         help="fuse the backbone with torch.compile: faster on long runs; needs a C++ compiler",
     )
-    train.add_argument(
+    asked.add_argument(
         "--eval-every",
         type=int,
         default=10,
         metavar="N",
         help="epochs between test evaluations along the way (default: 10); the last epoch is what counts",
     )
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    asked.add_argument("--quiet", action="store_true", help="no progress bar")
+    fields = "fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(_wrap(field_names()))
+
+    train = commands.add_parser(
+        "train",
+        parents=[store, asked],
+        help="train what is not in the store yet",
+        description="Train the runs asked for: every combination of method, imbalance factor and seed. What the store "
+        "has is not trained again, Stage-1 is shared, and a run that was stopped goes on from its checkpoint.",
+        epilog=fields,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("--download", action="store_true", help="fetch CIFAR-10/100 into --data-root if missing")
     train.set_defaults(call=_train)
+
+    submitting = commands.add_parser(
+        "submit",
+        parents=[store, asked],
+        help="train on a Slurm cluster what is not in the store yet",
+        description="Submit the runs asked for, as 'mislas train' takes them, as Slurm jobs. What the store has is not "
+        "submitted; runs that share a Stage-1 are one job. A job that is preempted or reaches its time limit is queued "
+        "again and goes on from its checkpoint. Store, data and logs must be on a disk that every node sees.",
+        epilog=fields,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    submitting.add_argument("--partition", metavar="NAME", help="of the cluster (default: its own)")
+    submitting.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="GPUs of each job, which train it together (default: 1)"
+    )
+    submitting.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="machines of each job, which share its GPUs (default: 1)"
+    )
+    submitting.add_argument(
+        "--hours",
+        type=float,
+        default=24.0,
+        metavar="H",
+        help="time limit of a job before it is queued again (default: 24)",
+    )
+    submitting.add_argument("--folder", default="jobs", metavar="DIR", help="for logs (default: jobs)")
+    submitting.add_argument("--local", action="store_true", help="run the jobs on this machine, one after the other")
+    submitting.add_argument("--dry-run", action="store_true", help="print the jobs, submit nothing")
+    submitting.set_defaults(call=_submit)
 
     evaluate = commands.add_parser(
         "eval",
@@ -249,26 +282,70 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def _train(arguments: argparse.Namespace) -> None:
+def _configs(arguments: argparse.Namespace) -> list[RunConfig]:
     overrides = parse_overrides(arguments.set)
-    configs = [
+    return [
         configure(arguments.dataset, method, imbalance, seed, overrides)
         for imbalance in arguments.imbalance
         for seed in arguments.seed
         for method in arguments.method
     ]
+
+
+def _options(arguments: argparse.Namespace) -> Options:
     if arguments.eval_every < 1:
         raise MislasError(f"--eval-every must be at least 1, got {arguments.eval_every}")
     if arguments.workers is not None and arguments.workers < 0:
         raise MislasError(f"--workers must be at least 0, got {arguments.workers}")
-    options = Options(
+    return Options(
         arguments.device,
         arguments.compile,
         arguments.eval_every,
         progress=not arguments.quiet,
         workers=arguments.workers,
     )
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    configs, options = _configs(arguments), _options(arguments)
     _print_runs(run(configs, _store(arguments), arguments.data_root, options, arguments.download))
+
+
+def _submit(arguments: argparse.Namespace) -> None:
+    configs, options, store = _configs(arguments), _options(arguments), _store(arguments)
+    processors = None if arguments.workers is None else arguments.workers + 1
+    resources = cluster.Resources(arguments.gpus, arguments.nodes, arguments.hours, arguments.partition, processors)
+    planned = cluster.cluster_jobs(configs, store, arguments.data_root, options, resources.tasks)
+    have = sum(store.get(config) is not None for config in configs)
+    print(f"{have} of {len(configs)} runs are in the store; jobs to do: {len(planned)}, each with {resources}")
+    for job in planned:
+        print(f"  {job}")
+        for step in jobs(job.configs, store):
+            print(f"      {step}")
+    if arguments.dry_run or not planned:
+        return
+    executor = cluster.executor(arguments.folder, resources, arguments.local)
+    cluster.check_data(planned)
+    if arguments.local:
+        _run_here(planned, executor, options.progress)
+        return
+    handles = cluster.submit(planned, executor)
+    print("submitted:")
+    for job, handle in zip(planned, handles, strict=True):
+        print(f"  {handle.job_id}  {job}\n      log: {handle.paths.stderr}")
+    print(f"progress: mislas list --results-root {store.root} (finished, under way), squeue --me, or a job's log")
+
+
+def _run_here(planned: Sequence[cluster.ClusterJob], executor: Any, progress: bool) -> None:
+    failed = []
+    for job, handle, failure in cluster.run_here(planned, executor, progress):
+        log = handle.paths.stderr
+        print(f"job {handle.job_id} {'failed' if failure else 'is done'}: {job}\n      log: {log}", flush=True)
+        if failure:
+            failed.append(f"{failure} (log: {log})")
+    if failed:
+        raise MislasError(f"{len(failed)} of {len(planned)} jobs failed: {'; '.join(failed)}")
+    print("all jobs are done; mislas list shows what they measured")
 
 
 def _campaign(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,13 @@
-"""The benchmark runs, and keeps what the book's page on speed shows."""
+"""The benchmarks run, and keep what the book's page on speed shows."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from scipy.stats import ttest_ind
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -18,3 +22,43 @@ def test_the_benchmark_runs_and_saves_rates_and_ratios(tmp_path):
     for middle, low, high in (*found["images_per_second"].values(), *found["ratios"].values()):
         assert 0 < low <= middle <= high
     assert all(name in done.stdout for name in found["ratios"])
+
+
+@pytest.fixture
+def accuracy(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("accuracy")
+
+
+def test_accuracy_is_compared_and_what_is_measured_is_not_trained_again(accuracy, tmp_path, monkeypatch, capsys):
+    saved = tmp_path / "accuracy-here.json"
+    command = ["--imbalance", "50", "--epochs", "1", "--device", "cpu", "--quiet", "--save", str(saved), "--seeds"]
+    assert accuracy.main([*command, "0"]) == 0
+    assert accuracy.main([*command, "0", "1"]) == 0
+    measured = json.loads(saved.read_text())
+    assert [(run["seed"], run["way"]) for run in measured["runs"]] == [
+        (seed, way) for seed in (0, 1) for way in ("usual", "ours")
+    ]
+    assert measured["setting"]["data_checksum"] == measured["runs"][0]["data_checksum"]
+    assert all(0 <= run["accuracy"] <= 1 and run["commit"] and run["date"] for run in measured["runs"])
+    shown = capsys.readouterr().out
+    assert "ours minus usual" in shown
+    before = saved.read_bytes()
+    for way in accuracy.WAYS:
+        monkeypatch.setitem(accuracy.WAYS, way, None)
+    assert accuracy.main([*command, "0", "1"]) == 0
+    assert saved.read_bytes() == before
+    assert accuracy.main([*command[:2], *command[4:], "0"]) == 2
+    assert "was measured with epochs 1, not 20" in capsys.readouterr().err
+
+
+def test_the_interval_of_the_difference_is_scipys(accuracy):
+    values = {"usual": [0.71, 0.73, 0.705, 0.72], "ours": [0.722, 0.7, 0.715]}
+    found = accuracy.compare([{"way": way, "accuracy": value} for way, some in values.items() for value in some])
+    test = ttest_ind([100 * v for v in values["ours"]], [100 * v for v in values["usual"]], equal_var=False)
+    assert found["interval"] == pytest.approx(list(test.confidence_interval()))
+    assert found["difference"] / found["standard_error"] == pytest.approx(test.statistic)
+    alone = accuracy.compare([{"way": way, "accuracy": 0.5} for way in values])
+    assert (alone["difference"], alone["interval"], alone["ours"]["deviation"]) == (0, None, None)
+    same = accuracy.compare([{"way": way, "accuracy": 0.5} for way in (*values, *values)])
+    assert same["interval"] == [0, 0]

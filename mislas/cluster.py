@@ -1,0 +1,252 @@
+"""A sweep as jobs of a Slurm cluster, by submitit: each trains its own runs into the common store.
+
+Jobs are independent: no two of them need the same Stage-1. submitit submits them, keeps their logs, and queues a job
+again that was preempted or reached its time limit; it goes on from its last checkpoint. Nothing here schedules.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from . import distributed
+from .config import RunConfig
+from .data import available
+from .errors import DataError, MislasError
+from .runs import Store, run
+from .train import Options
+
+if TYPE_CHECKING:
+    import submitit
+
+TIMEOUTS = 20  # how often a job that reaches its time limit is queued again; preemptions do not count
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each job asks for.
+
+    Attributes:
+        gpus: GPUs of a job, >= 0. With more than one, as many processes train together, each on a GPU.
+        nodes: machines of a job, >= 1; they share its GPUs evenly.
+        hours: time limit, > 0; what takes longer is queued again.
+        partition: of the cluster; None is its default.
+        processors: of each process, >= 1; None is the cluster's default.
+
+    Raises:
+        MislasError: numbers out of these bounds.
+    """
+
+    gpus: int = 1
+    nodes: int = 1
+    hours: float = 24.0
+    partition: str | None = None
+    processors: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpus < 0:
+            raise MislasError(f"--gpus must be at least 0, got {self.gpus}")
+        if self.nodes < 1:
+            raise MislasError(f"--nodes must be at least 1, got {self.nodes}")
+        if self.tasks % self.nodes:
+            raise MislasError(
+                f"--gpus is of the whole job, and {self.gpus} cannot be shared by {self.nodes} nodes evenly"
+            )
+        if not 0 < self.hours < math.inf:
+            raise MislasError(f"--hours must be above 0, got {self.hours:g}")
+
+    @property
+    def tasks(self) -> int:
+        """Processes of a job."""
+        return max(1, self.gpus)
+
+    def __str__(self) -> str:
+        gpus = f"{self.gpus} GPU{'s' * (self.gpus != 1)}"
+        nodes = f" on {self.nodes} nodes" if self.nodes > 1 else ""
+        partition = f", partition {self.partition}" if self.partition else ""
+        return f"{gpus}{nodes}, {self.hours:g} h at a time{partition}"
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """What runs on the cluster: a call trains the runs into the store.
+
+    Attributes:
+        configs: the runs, of one dataset, imbalance factor and seed.
+        results_root, data_root: absolute, since a job may start in another folder.
+        options: how to train.
+        tasks: processes that are started with this job and train together.
+    """
+
+    configs: tuple[RunConfig, ...]
+    results_root: Path
+    data_root: Path | None
+    options: Options
+    tasks: int = 1
+
+    def __call__(self) -> None:
+        import submitit
+
+        ignored = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")  # for this process, not for its workers
+        os.register_at_fork(after_in_child=lambda: signal.signal(ignored, signal.SIG_IGN))
+        if self.tasks == 1:
+            self._train()
+            return
+        environment = submitit.helpers.TorchDistributedEnvironment()
+        environment.export(set_cuda_visible_devices=False, overwrite=True)
+        with distributed.started():
+            self._train()
+
+    def _train(self) -> None:
+        run(self.configs, Store(self.results_root), self.data_root, self.options)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """What submitit queues in place of a job that has to stop: the same; what is trained is in the store."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+    def __str__(self) -> str:
+        first = self.configs[0]
+        methods = ", ".join(dict.fromkeys(config.method for config in self.configs))
+        return f"{first.dataset} IF={first.imbalance:g} seed {first.seed}: {methods}"
+
+
+def independent(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
+    """Runs in groups, such that no two groups build on the same Stage-1 or on the same expert."""
+    groups: list[tuple[set[str], list[RunConfig]]] = []
+    for config in configs:
+        needs, runs = {base.id for base in (config.stage1_only, *config.experts)}, [config]
+        touching = [group for group in groups if group[0] & needs]
+        if not touching:
+            groups.append((needs, runs))
+            continue
+        for group in touching[1:]:
+            groups.remove(group)
+        for more_needs, more_runs in (*touching[1:], (needs, runs)):
+            touching[0][0].update(more_needs)
+            touching[0][1].extend(more_runs)
+    return [runs for _, runs in groups]
+
+
+def cluster_jobs(
+    configs: Iterable[RunConfig], store: Store, data_root: str | None, options: Options, tasks: int = 1
+) -> list[ClusterJob]:
+    """The jobs that train what the store lacks of these runs."""
+    missing = {config.id: config for config in configs if store.get(config) is None}
+    root = None if data_root is None else Path(data_root).resolve()
+    return [
+        ClusterJob(tuple(group), store.root.resolve(), root, options, tasks) for group in independent(missing.values())
+    ]
+
+
+def executor(folder: str | Path, resources: Resources, local: bool = False) -> submitit.AutoExecutor:
+    """submitit's executor: Slurm, or this machine.
+
+    Args:
+        folder: for logs and what submitit needs to start a job; every node must see it.
+
+    Raises:
+        MislasError: submitit or Slurm is not there, or the resources cannot be asked for.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise MislasError("jobs are submitted by submitit, which is missing: pip install 'mislas[cluster]'") from None
+    if not local and shutil.which("srun") is None:
+        raise MislasError("there is no Slurm here (no srun on the PATH); --local runs the jobs on this machine")
+    if local and resources.nodes > 1:
+        raise MislasError(f"--local is this machine alone: --nodes must be 1, got {resources.nodes}")
+    processors = resources.processors
+    try:
+        made = submitit.AutoExecutor(
+            folder,
+            cluster="local" if local else "slurm",
+            slurm_max_num_timeout=TIMEOUTS,
+            local_max_num_timeout=TIMEOUTS,
+        )
+    except OSError as error:
+        raise MislasError(f"the folder for logs cannot be made ({error}); name another with --folder") from error
+    made.update_parameters(
+        name="mislas",
+        timeout_min=math.ceil(resources.hours * 60),
+        nodes=resources.nodes,
+        tasks_per_node=resources.tasks // resources.nodes,
+        gpus_per_node=resources.gpus // resources.nodes or None,
+        cpus_per_task=processors,
+        slurm_partition=resources.partition,
+        slurm_srun_args=processors and [f"--cpus-per-task={processors}"],  # srun does not take it over from sbatch
+    )
+    return made
+
+
+def check_data(jobs: Sequence[ClusterJob]) -> None:
+    """Raise :class:`DataError` if a dataset's files are not where jobs would look, before they wait in a queue."""
+    for job in jobs:
+        name = job.configs[0].dataset
+        if not available(name, job.data_root or os.devnull):
+            where = "no --data-root is given" if job.data_root is None else f"they are not under {job.data_root}"
+            raise DataError(f"jobs would look for the files of {name!r} in vain: {where}")
+
+
+def submit(jobs: Sequence[ClusterJob], executor: submitit.AutoExecutor) -> list[submitit.Job]:
+    """Hand jobs over to Slurm, as one array; returns at once.
+
+    Raises:
+        MislasError: Slurm does not take them.
+    """
+    try:
+        return executor.submit_array(jobs)
+    except (RuntimeError, OSError) as error:
+        raise MislasError(f"Slurm does not take the jobs: {_last_line(str(error))}") from error
+
+
+def run_here(
+    jobs: Sequence[ClusterJob], executor: submitit.AutoExecutor, progress: bool = True
+) -> Iterator[tuple[ClusterJob, submitit.Job, str | None]]:
+    """Run jobs on this machine, one after the other, and show the progress of each.
+
+    Yields:
+        As each ends: the job, submitit's handle of it, and None or the last line that it said when it failed.
+    """
+    for number, job in enumerate(jobs, 1):
+        handle = executor.submit(job)
+        bar = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, **({} if progress else {"disable": True}))
+        try:
+            with bar:
+                shown = None
+                while not handle.done():
+                    said = f"job {number} of {len(jobs)}: {_last_line(_end_of(handle.paths.stderr)) or job}"
+                    if said != shown:
+                        bar.set_description_str(said)
+                        shown = said
+                    time.sleep(0.2)
+            failure = handle.exception()
+        except KeyboardInterrupt:
+            handle.cancel()
+            raise
+        yield job, handle, failure and (_last_line(_end_of(handle.paths.stderr)) or _last_line(str(failure)))
+
+
+def _end_of(path: Path, length: int = 2000) -> str:
+    """The last characters of a file, which may not be there yet."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as handle:
+        handle.seek(max(0, path.stat().st_size - length))
+        return handle.read().decode(errors="replace")
+
+
+def _last_line(text: str) -> str:
+    """The last line that is not blank; a progress bar ends its lines by going back to their beginning."""
+    return ([line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()] or [""])[-1]

@@ -1,0 +1,192 @@
+"""Jobs for a cluster: how a sweep is cut into them, that they run, and what the user is told."""
+
+import pickle
+import sys
+
+import pytest
+
+from mislas import cluster
+from mislas.cli import main
+from mislas.cluster import ClusterJob, Resources, cluster_jobs, independent
+from mislas.errors import DataError, MislasError
+from mislas.methods import configure
+from mislas.runs import Store
+from mislas.train import Options
+
+submitit = pytest.importorskip("submitit")
+
+QUICK = {"epochs": 1, "stage2.epochs": 1}
+DIGITS = ["--dataset", "digits", "--imbalance", "10", "--set", "epochs=1", "--set", "stage2.epochs=1"]
+
+
+def digits(method, seed=0, imbalance=10, **changes):
+    return configure("digits", method, imbalance, seed, QUICK | changes)
+
+
+def submit(*arguments, root):
+    options = ["--results-root", str(root / "results"), "--folder", str(root / "jobs"), "--quiet", "--device", "cpu"]
+    return main(["submit", *DIGITS, *map(str, arguments), *options])
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A cluster that takes every job: ``sbatch`` answers with a number."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, script in {"srun": "exit 1", "sbatch": "echo Submitted batch job 4711"}.items():
+        (commands / name).write_text(f"#!/bin/sh\n{script}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(commands), prepend=":")
+    return commands
+
+
+# ---------------------------------------------------------------------------------------------------------- the jobs
+
+
+def test_runs_that_share_a_stage_1_are_one_job():
+    ce, crt, lws, mixup, mislas = map(digits, ("ce", "crt", "lws", "mixup", "mislas"))
+    other = digits("lws", seed=1)
+    assert independent([crt, mixup, other, lws, ce, mislas]) == [[crt, lws, ce], [mixup, mislas], [other]]
+
+
+def test_runs_that_share_experts_are_one_job():
+    student = digits("oltr+lfme", imbalance=50)
+    warmer = student.override({"stage1.distillation": 4.0})
+    expert, plain = student.experts[0], digits("ce", imbalance=50)
+    assert student.id != warmer.id
+    assert independent([student, plain, warmer]) == [[student, warmer], [plain]]
+    assert independent([expert, plain, student]) == [[expert, student], [plain]]
+
+
+def test_a_run_joins_jobs_that_were_apart():
+    student = digits("oltr+lfme", imbalance=50)
+    many, medium, _ = student.experts
+    assert independent([many, medium]) == [[many], [medium]]
+    assert independent([many, medium, student]) == [[many, medium, student]]
+
+
+def test_what_is_stored_or_asked_for_twice_is_submitted_once_or_not_at_all(made_up, options):
+    store, ce = Store(made_up.root), made_up("digits", "ce", QUICK, imbalance=10).config
+    jobs = cluster_jobs([ce, digits("lws"), digits("lws"), digits("mixup")], store, None, options, tasks=2)
+    assert [[config.method for config in job.configs] for job in jobs] == [["lws"], ["mixup"]]
+    assert all(job.tasks == 2 and job.results_root == made_up.root.resolve() for job in jobs)
+    assert cluster_jobs([ce], store, None, options) == []
+
+
+def test_a_job_that_has_to_stop_is_queued_again_as_it_was(tmp_path):
+    job = ClusterJob((digits("ce"),), tmp_path, None, Options(device="cpu"))
+    again = job.checkpoint()
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    assert (again.function, again.args, again.kwargs) == (job, (), {})
+    assert pickle.loads(pickle.dumps(job)) == job
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def test_two_jobs_run_here_and_fill_the_store(tmp_path, capsys):
+    assert submit("--method", "ce", "lws", "mixup", "--local", root=tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "0 of 3 runs are in the store; jobs to do: 2" in out
+    assert out.count("is done") == 2
+    assert [record.config.method for record in Store(tmp_path / "results")] == ["ce", "lws", "mixup"]
+    assert len(list((tmp_path / "jobs").glob("*_0_log.err"))) == 2
+    assert submit("--method", "ce", "lws", "mixup", "--local", root=tmp_path) == 0
+    assert "3 of 3 runs are in the store; jobs to do: 0" in capsys.readouterr().out
+
+
+def test_a_job_that_fails_here_is_reported_with_its_log(tmp_path, capsys):
+    checkpoint = Store(tmp_path / "results").checkpoint([digits("ce")])
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"not a checkpoint")
+    assert submit("--method", "ce", "--local", root=tmp_path) == 2
+    error = capsys.readouterr().err
+    (log,) = (tmp_path / "jobs").glob("*_0_log.err")
+    assert error.count("\n") == 1
+    assert "1 of 1 jobs failed" in error
+    assert f"checkpoint {checkpoint} cannot be read" in error
+    assert str(log) in error
+
+
+def test_slurm_is_asked_for_what_the_user_says(slurm, tmp_path, capsys):
+    asked = ["--gpus", 4, "--nodes", 2, "--hours", 1.5, "--partition", "long", "--workers", 3]
+    assert submit("--method", "ce", "mixup", *asked, root=tmp_path) == 0
+    out = capsys.readouterr().out
+    for job in ("4711_0  digits IF=10 seed 0: ce", "4711_1  digits IF=10 seed 0: mixup"):
+        assert job in out
+    assert str(tmp_path / "jobs" / "4711_1_0_log.err") in out
+    assert "mislas list" in out
+    (script,) = (tmp_path / "jobs").glob("4711_submission.sh")
+    lines = script.read_text().splitlines()
+    flags = "gpus-per-node=2 ntasks-per-node=2 nodes=2 time=90 partition=long cpus-per-task=4 array=0-1%2"
+    for flag in flags.split():
+        assert f"#SBATCH --{flag}" in lines
+    (command,) = [line for line in lines if line.startswith("srun")]
+    assert "--cpus-per-task=4" in command
+    assert sys.executable in command
+    job = submitit.core.utils.DelayedSubmission.load(tmp_path / "jobs" / "4711_0_submitted.pkl").function
+    assert (job.configs, job.tasks, job.options.workers) == ((digits("ce"),), 4, 3)
+
+
+def test_a_dry_run_prints_the_jobs_and_needs_no_cluster(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert submit("--method", "ce", "lws", "mixup", "--gpus", 2, "--dry-run", root=tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "jobs to do: 2, each with 2 GPUs, 24 h at a time" in out
+    assert "stage2: lws" in out
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "-1"], "--gpus must be at least 0"),
+        (["--nodes", "0"], "--nodes must be at least 1"),
+        (["--gpus", "3", "--nodes", "2"], "3 cannot be shared by 2 nodes evenly"),
+        (["--gpus", "0", "--nodes", "2"], "0 cannot be shared by 2 nodes evenly"),
+        (["--hours", "0"], "--hours must be above 0"),
+        (["--hours", "inf"], "--hours must be above 0"),
+        (["--eval-every", "0"], "--eval-every must be at least 1"),
+        (["--workers", "-1"], "--workers must be at least 0"),
+        (["--gpus", "2", "--nodes", "2", "--local"], "--nodes must be 1"),
+        ([], "there is no Slurm here (no srun on the PATH); --local runs the jobs on this machine"),
+    ],
+)
+def test_what_cannot_be_submitted_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit("--method", "ce", *arguments, root=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_submitit_is_asked_for_where_it_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert submit("--method", "ce", "--local", root=tmp_path) == 2
+    assert "pip install 'mislas[cluster]'\n" in capsys.readouterr().err
+
+
+def test_slurms_refusal_is_one_line(slurm, tmp_path, capsys):
+    (slurm / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: none' >&2\nexit 1\n")
+    assert submit("--method", "ce", "--partition", "none", root=tmp_path) == 2
+    error = capsys.readouterr().err
+    last = error.splitlines()[-1]  # sbatch's own words are shown, too
+    assert last == "mislas: Slurm does not take the jobs: sbatch: error: invalid partition specified: none"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MislasError, match="name another with --folder"):
+        cluster.executor(tmp_path / "file" / "jobs", Resources(), local=True)
+
+
+def test_data_that_are_not_there_are_noticed_before_a_job_waits_for_its_turn(tmp_path, options):
+    job = ClusterJob((configure("cifar10", "ce"),), tmp_path, None, options)
+    with pytest.raises(DataError, match="'cifar10' in vain: no --data-root is given"):
+        cluster.check_data([job])
+    with pytest.raises(DataError, match="they are not under"):
+        cluster.check_data([ClusterJob(job.configs, tmp_path, tmp_path, options)])
+    cluster.check_data([ClusterJob((digits("ce"),), tmp_path, None, options)])

@@ -142,8 +142,15 @@ def independent(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
 def cluster_jobs(
     configs: Iterable[RunConfig], store: Store, data_root: str | None, options: Options, tasks: int = 1
 ) -> list[ClusterJob]:
-    """The jobs that train what the store lacks of these runs."""
+    """The jobs that train what the store lacks of these runs.
+
+    Raises:
+        MislasError: a batch that ``tasks`` processes cannot share evenly.
+    """
     missing = {config.id: config for config in configs if store.get(config) is None}
+    for config in missing.values():
+        for stage in (config.stage1, config.stage2):
+            distributed.check_batch_size(getattr(stage, "batch_size", tasks), tasks)
     root = None if data_root is None else Path(data_root).resolve()
     return [
         ClusterJob(tuple(group), store.root.resolve(), root, options, tasks) for group in independent(missing.values())

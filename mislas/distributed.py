@@ -65,12 +65,13 @@ def started() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raise :class:`MislasError` if a batch cannot be divided evenly among the processes."""
-    if batch_size % world():
+def check_batch_size(batch_size: int, of: int | None = None) -> None:
+    """Raise :class:`MislasError` if a batch cannot be shared evenly by the processes, or by ``of`` of them."""
+    of = of or world()
+    if batch_size % of:
         raise MislasError(
-            f"a batch of {batch_size} images cannot be shared evenly by {world()} processes; start a number of them "
-            "that divides it"
+            f"a batch of {batch_size} images cannot be shared evenly by {of} processes; start a number of them that "
+            "divides it"
         )
 
 

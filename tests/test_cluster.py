@@ -95,6 +95,12 @@ def test_two_jobs_run_here_and_fill_the_store(tmp_path, capsys):
     assert "3 of 3 runs are in the store; jobs to do: 0" in capsys.readouterr().out
 
 
+def test_the_processes_of_a_job_train_together(tmp_path, capsys):
+    assert submit("--method", "ce", "--gpus", 2, "--local", root=tmp_path) == 0, capsys.readouterr().err
+    record = Store(tmp_path / "results").get(digits("ce"))
+    assert record.provenance["device"].startswith("2 x ")
+
+
 def test_a_job_that_fails_here_is_reported_with_its_log(tmp_path, capsys):
     checkpoint = Store(tmp_path / "results").checkpoint([digits("ce")])
     checkpoint.parent.mkdir(parents=True)
@@ -147,6 +153,7 @@ def test_a_dry_run_prints_the_jobs_and_needs_no_cluster(tmp_path, capsys, monkey
         (["--nodes", "0"], "--nodes must be at least 1"),
         (["--gpus", "3", "--nodes", "2"], "3 cannot be shared by 2 nodes evenly"),
         (["--gpus", "0", "--nodes", "2"], "0 cannot be shared by 2 nodes evenly"),
+        (["--gpus", "3"], "a batch of 32 images cannot be shared evenly by 3 processes"),
         (["--hours", "0"], "--hours must be above 0"),
         (["--hours", "inf"], "--hours must be above 0"),
         (["--eval-every", "0"], "--eval-every must be at least 1"),

@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="epochs between test evaluations along the way (default: 10); the last epoch is what counts",
     )
+    _add_together(train)
     train.add_argument("--quiet", action="store_true", help="no progress bar")
     train.set_defaults(call=_train)
 
@@ -161,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of every run")
     push.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
     push.add_argument("--compile", action="store_true", help="fuse the backbone with torch.compile")
+    _add_together(push)
     push.add_argument("--quiet", action="store_true", help="no progress bar")
     push.set_defaults(call=_campaign)
 
@@ -211,6 +213,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_together(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train up to N Stage-1 runs of small networks at once, in equal batches (default: 1)",
+    )
+
+
 def _wrap(words: list[str], width: int = 100) -> list[str]:
     lines = [""]
     for word in words:
@@ -258,13 +270,14 @@ def _train(arguments: argparse.Namespace) -> None:
         arguments.eval_every,
         progress=not arguments.quiet,
         workers=arguments.workers,
+        together=arguments.together,
     )
     _print_runs(run(configs, _store(arguments), arguments.data_root, options, arguments.download))
 
 
 def _campaign(arguments: argparse.Namespace) -> None:
     store, overrides = _store(arguments), parse_overrides(arguments.set)
-    options = Options(arguments.device, arguments.compile, progress=not arguments.quiet)
+    options = Options(arguments.device, arguments.compile, progress=not arguments.quiet, together=arguments.together)
     budget = parse_budget(arguments.budget) if arguments.budget else None
     usual = [None] if dataset_name(arguments.dataset) in LISTS else [100, 50, 10]
     everything = wanted(arguments.dataset, arguments.imbalance or usual, arguments.seed)

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mislas.augment import Images
 from mislas.campaign import images_per_second
@@ -19,12 +20,19 @@ OPTIONS = Options(device="cpu", progress=False, checkpoint_every=0)
 
 
 def config(method, imbalance, seed=0, **changes):
-    changes = {"epochs": 2, "precision": "fp32", "lr": 0.01} | changes
-    return configure("digits", method, imbalance, seed, changes)
+    return configure("digits", method, imbalance, seed, {"epochs": 2, "precision": "fp32"} | changes)
 
 
 #: Epochs of 14 batches and of 11, that end in batches of several sizes; one run ends before the others.
 CONFIGS = [config("ce", 50), config("mixup", 50, 1), config("mixup", 100), config("ce", 100, 1, epochs=1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smooth():
+    """Networks without kinks: where rounding moves a value across a ReLU's, gradients jump, and runs drift apart."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "relu", F.softplus)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +75,9 @@ def assert_close(one, two, atol=1e-5):
 
 
 @pytest.mark.parametrize(("depth", "n"), [(8, 3), (14, 2)])
-def test_side_by_side_networks_have_the_features_gradients_and_statistics_of_each_alone(depth, n):
+def test_side_by_side_networks_have_the_features_gradients_and_statistics_of_each_alone(depth, n, monkeypatch):
+    monkeypatch.setattr(F, "relu", torch.relu)
+
     def networks():
         generator = torch.Generator().manual_seed(0)
         for _ in range(n):

@@ -126,7 +126,7 @@ class Job:
 
 
 def jobs(configs: Iterable[RunConfig], store: Store) -> list[Job]:
-    """What :func:`campaign` would do, in order."""
+    """What :func:`campaign` would do, in order; ``together`` pulls Stage-1 runs forward."""
     return [Job(group, _epochs(group[0]) * _images(group[0])) for group in plan(configs, store)]
 
 

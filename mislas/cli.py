@@ -289,7 +289,10 @@ def _campaign(arguments: argparse.Namespace) -> None:
     for job, cost in zip(planned, seconds, strict=True):
         print(f"  {job}" + ("" if cost is None else f", about {cost / 60:.0f} min"))
     if planned and None not in seconds:
-        print(f"  about {sum(seconds) / 3600:.1f} h in all, at the rates of the store's runs on this device")
+        print(
+            f"  about {sum(seconds) / 3600:.1f} h in all, at the rates of the store's runs on this device"
+            + (", one after another" if options.together > 1 else "")
+        )
     if arguments.dry_run:
         return
     before = files(store)

@@ -5,6 +5,7 @@ Stage-1:
 - usual: PIL images, torchvision transforms, DataLoader workers, eager, float32, batches of 128.
 - ours: what ``mislas train`` runs.
 - bare: ours without data: the same forward, backward and step, over and over on one resident batch.
+- together: several models like ours at once (never compiled).
 
 Stage-2:
 
@@ -13,7 +14,7 @@ Stage-2:
 
 All take turns, so that a machine whose speed drifts treats them alike. Images are random: only time is measured.
 
-    python benchmarks/train.py [--images 2560] [--repeats 5] [--compile] [--device cpu] [--save FILE]
+    python benchmarks/train.py [--images 2560] [--repeats 5] [--compile] [--device cpu] [--together 2] [--save FILE]
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,7 +37,8 @@ from mislas import Dataset, Options, RunConfig, configure
 from mislas.campaign import GRID
 from mislas.models import backbone
 from mislas.runs import device_name
-from mislas.train import train_stage1, train_stage2
+from mislas.together import train_together
+from mislas.train import stage1_run, train_stage1, train_stage2
 
 BATCH = 128
 
@@ -70,8 +73,9 @@ def usual(data: Dataset, device: torch.device) -> Callable[[], float]:
     return epoch
 
 
-def second_epoch(train: Callable[[Callable], object], device: torch.device) -> Callable[[], float]:
-    """Seconds of the second of three epochs of the real loop; the first, which warms up and compiles, is not timed."""
+def second_epoch(train: Callable[[Callable], object], device: torch.device, models: int = 1) -> Callable[[], float]:
+    """Seconds of the second of three epochs of the real loop, by the number of models that train in it; the first
+    epoch, which warms up and compiles, is not timed."""
 
     def epoch() -> float:
         marks = []
@@ -82,7 +86,7 @@ def second_epoch(train: Callable[[Callable], object], device: torch.device) -> C
             return [{} for _ in heads]
 
         train(mark)
-        return marks[1] - marks[0]
+        return (marks[2 * models - 1] - marks[models - 1]) / models  # each leaves a mark after an epoch
 
     return epoch
 
@@ -90,6 +94,15 @@ def second_epoch(train: Callable[[Callable], object], device: torch.device) -> C
 def ours(data: Dataset, options: Options) -> Callable[[], float]:
     config = configure("cifar10", "ce", 1, overrides={"epochs": 3})
     return second_epoch(lambda mark: train_stage1(config, data, options, evaluate=mark), options.torch_device())
+
+
+def together(n: int, data: Dataset, options: Options) -> Callable[[], float]:
+    configs = [configure("cifar10", "ce", 1, seed, {"epochs": 3}) for seed in range(n)]
+
+    def train(mark: Callable) -> None:
+        list(train_together([stage1_run(config, data, options, evaluate=mark) for config in configs]))
+
+    return second_epoch(train, options.torch_device(), n)
 
 
 def stage2(configs: list[RunConfig], data: Dataset, options: Options) -> Callable[[], float]:
@@ -124,6 +137,7 @@ def bare(data: Dataset, options: Options) -> Callable[[], float]:
 RATIOS = [  # name, the time above, the time below
     ("ours against the usual loop", "usual", "ours"),
     ("ours against bare computation", "bare", "ours"),
+    ("{} models together against one after another", "ours", "together"),
     ("the grid of 21 against one run, cost", "grid", "one head"),
 ]
 
@@ -134,6 +148,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--device")
+    parser.add_argument("--together", type=int, default=2, metavar="N", help="models that train at once (default: 2)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was measured as JSON")
     arguments = parser.parse_args()
     options = Options(arguments.device, arguments.compile, eval_every=1, progress=False)
@@ -144,6 +159,7 @@ def main() -> None:
         "usual": usual(data, device),
         "ours": ours(data, options),
         "bare": bare(data, options),
+        "together": together(arguments.together, data, replace(options, compile=False)),
         "one head": stage2(grid[-1:], data, options),
         "grid": stage2(grid, data, options),
     }
@@ -162,7 +178,7 @@ def main() -> None:
         "repeats": arguments.repeats,
         "images_per_second": {name: spread([len(data.train_targets) / s for s in seconds[name]]) for name in loops},
         "ratios": {
-            name: spread([a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)])
+            name.format(arguments.together): spread([a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)])
             for name, top, bottom in RATIOS
         },
     }

@@ -134,7 +134,7 @@ class Job:
 
 
 def jobs(configs: Iterable[RunConfig], store: Store) -> list[Job]:
-    """What :func:`campaign` would do, in order."""
+    """What :func:`campaign` would do, in order; ``together`` pulls Stage-1 runs forward."""
     return [Job(group, _epochs(group[0]) * _images(group[0])) for group in plan(configs, store)]
 
 
@@ -169,10 +169,13 @@ def images_per_second(store: Store) -> dict[str, Rates]:
     """How fast each device of the store's records was, by kind of run: stage, network, precision, image size."""
     rates: dict[str, Rates] = {}
     for record in store:
-        if record.provenance["seconds"] > 0 and record.config.stage1.holdout is None:  # those saw fewer images
-            images = sum(record.provenance["class_counts"]) * _epochs(record.config)
-            kinds = rates.setdefault(record.provenance["device"], {})
-            kinds[_kind(record.config)] = images / record.provenance["seconds"]
+        source = record.provenance
+        if "together" in source:  # the seconds are not its own
+            continue
+        if source["seconds"] > 0 and record.config.stage1.holdout is None:  # those saw fewer images
+            images = sum(source["class_counts"]) * _epochs(record.config)
+            kinds = rates.setdefault(source["device"], {})
+            kinds[_kind(record.config)] = images / source["seconds"]
     return rates
 
 

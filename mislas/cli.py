@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="epochs between test evaluations along the way (default: 10); the last epoch is what counts",
     )
+    _add_together(asked)
     asked.add_argument("--quiet", action="store_true", help="no progress bar")
     fields = "fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(_wrap(field_names()))
 
@@ -203,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of every run")
     push.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
     push.add_argument("--compile", action="store_true", help="fuse the backbone with torch.compile")
+    _add_together(push)
     push.add_argument("--quiet", action="store_true", help="no progress bar")
     push.set_defaults(call=_campaign)
 
@@ -251,6 +253,16 @@ def _parser() -> argparse.ArgumentParser:
     shrinking.add_argument("--quiet", action="store_true", help="no progress bar")
     shrinking.set_defaults(call=_shrink)
     return parser
+
+
+def _add_together(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train up to N Stage-1 runs of small networks at once, in equal batches (default: 1)",
+    )
 
 
 def _wrap(words: list[str], width: int = 100) -> list[str]:
@@ -303,6 +315,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         arguments.eval_every,
         progress=not arguments.quiet,
         workers=arguments.workers,
+        together=arguments.together,
     )
 
 
@@ -350,7 +363,7 @@ def _run_here(planned: Sequence[cluster.ClusterJob], executor: Any, progress: bo
 
 def _campaign(arguments: argparse.Namespace) -> None:
     store, overrides = _store(arguments), parse_overrides(arguments.set)
-    options = Options(arguments.device, arguments.compile, progress=not arguments.quiet)
+    options = Options(arguments.device, arguments.compile, progress=not arguments.quiet, together=arguments.together)
     budget = parse_budget(arguments.budget) if arguments.budget else None
     everything = wanted(arguments.dataset, arguments.imbalance, arguments.seed)
     configs = list({c.id: c for c in (config.override(overrides) for config in everything)}.values())
@@ -361,7 +374,10 @@ def _campaign(arguments: argparse.Namespace) -> None:
     for job, cost in zip(planned, seconds, strict=True):
         print(f"  {job}" + ("" if cost is None else f", about {cost / 60:.0f} min"))
     if planned and None not in seconds:
-        print(f"  about {sum(seconds) / 3600:.1f} h in all, at the rates of the store's runs on this device")
+        print(
+            f"  about {sum(seconds) / 3600:.1f} h in all, at the rates of the store's runs on this device"
+            + (", one after another" if options.together > 1 else "")
+        )
     if arguments.dry_run:
         return
     before = files(store)

@@ -24,6 +24,7 @@ from .config import RunConfig
 from .data import available
 from .errors import DataError, MislasError
 from .runs import Store, run
+from .together import check_together
 from .train import Options
 
 if TYPE_CHECKING:
@@ -145,8 +146,9 @@ def cluster_jobs(
     """The jobs that train what the store lacks of these runs.
 
     Raises:
-        MislasError: a batch that ``tasks`` processes cannot share evenly.
+        MislasError: a batch that ``tasks`` processes cannot share evenly, or runs that are to train at once in them.
     """
+    check_together(options, tasks)
     missing = {config.id: config for config in configs if store.get(config) is None}
     for config in missing.values():
         for stage in (config.stage1, config.stage2):

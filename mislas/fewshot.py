@@ -30,7 +30,18 @@ from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier
 from .samplers import one_image_each
-from .train import Options, Trained, _loop, batches_of, forward, host_rng, plain_images, torch_rng, training_part
+from .train import (
+    Options,
+    Trained,
+    _loop,
+    alone,
+    batches_of,
+    forward,
+    host_rng,
+    plain_images,
+    torch_rng,
+    training_part,
+)
 
 
 def base_and_novel(data: Dataset | ListDataset) -> tuple[list[int], list[int]]:
@@ -189,8 +200,8 @@ def train_few_shot(
             losses = asked * cross_entropy(logits, batch.targets)
             yield [losses.sum() / asked.sum().clamp_min(1)]
 
-    trained = _loop(
+    trained = alone(_loop(
         [config], "stage2", network, [head], [[{"params": list(head.parameters()), "lr": stage.lr}]], episodes,
         len(targets), options, checkpoint, evaluate, train_mode=False,
-    )  # fmt: skip
+    ))  # fmt: skip
     return replace(trained, heads=[head.classifier()])

@@ -20,7 +20,7 @@ from .evaluate import predict
 from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier, freeze_but_last_block, init_kaiming
-from .train import Options, Trained, _loop, batches_of, forward, plain_images, torch_rng, training_part
+from .train import Options, Trained, _loop, alone, batches_of, forward, plain_images, torch_rng, training_part
 
 CENTROID_LR = 0.1  # the centroids' learning rate, as a ratio of the classifier's
 
@@ -133,7 +133,7 @@ def train_memory(
             loss = cross_entropy(head(features), batch.targets).mean()
             yield [loss + stage.centroid_weight * head.centroid_loss(features, batch.targets)]
 
-    return _loop(
+    return alone(_loop(
         [config], "stage2", network, [head], [groups], steps, len(data.train_targets), options, checkpoint, evaluate,
         train_mode=trains,
-    )  # fmt: skip
+    ))  # fmt: skip

@@ -16,40 +16,47 @@ from .errors import MislasError, RecordError, unknown
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a parameter-free shortcut (He et al., 2016, option A)."""
+    """Two 3x3 convolutions with a parameter-free shortcut (He et al., 2016, option A), for each of ``n`` networks."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int):
+    def __init__(self, inputs: int, outputs: int, stride: int, n: int = 1):
         super().__init__()
-        self.stride, self.grow = stride, outputs - inputs
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.grow, self.n = stride, outputs - inputs, n
+        self.conv1 = nn.Conv2d(n * inputs, n * outputs, 3, stride, 1, groups=n, bias=False)
+        self.bn1 = nn.BatchNorm2d(n * outputs)
+        self.conv2 = nn.Conv2d(n * outputs, n * outputs, 3, 1, 1, groups=n, bias=False)
+        self.bn2 = nn.BatchNorm2d(n * outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.grow:
             half = self.grow // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.grow - half))
+            x = x[:, :, :: self.stride, :: self.stride].movedim(1, -1).unflatten(-1, (self.n, -1))
+            x = F.pad(x, (half, self.grow - half)).flatten(-2).movedim(-1, 1)
         return F.relu(x + y)
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth 6n + 2 for small images (He et al., 2016, 4.2): (B, 3, H, W) to features (B, 64)."""
+    """ResNet of depth 6n + 2 for small images (He et al., 2016, 4.2): (B, 3, H, W) to features (B, 64).
+
+    Args:
+        depth: 6n + 2.
+        networks: how many of them are side by side, each with its own images and weights in a group of channels of its
+            own: ``(B, 3 networks, H, W)`` to ``(B, 64 networks)``.
+    """
 
     num_features = 64
 
-    def __init__(self, depth: int = 32):
+    def __init__(self, depth: int = 32, networks: int = 1):
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise MislasError(f"a CIFAR ResNet has depth 6n + 2 (8, 14, 20, 32, ...), got {depth}")
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
+        self.conv = nn.Conv2d(3 * networks, 16 * networks, 3, 1, 1, groups=networks, bias=False)
+        self.bn = nn.BatchNorm2d(16 * networks)
         layers, inputs = [], 16
         for outputs, stride in ((16, 1), (32, 2), (64, 2)):
             for b in range(blocks):
-                layers.append(BasicBlock(inputs, outputs, stride if b == 0 else 1))
+                layers.append(BasicBlock(inputs, outputs, stride if b == 0 else 1, networks))
                 inputs = outputs
         self.blocks = nn.Sequential(*layers)
 

@@ -15,7 +15,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,8 @@ from .fewshot import train_few_shot
 from .lists import ListDataset
 from .memory import train_memory
 from .models import GeneralisedClassifier, find_weights, stage1_model
-from .train import Options, Trained, plain_images, train_stage1, train_stage2
+from .together import check_together, side_by_side, train_together
+from .train import Options, Trained, plain_images, stage1_run, train_stage1, train_stage2
 
 if TYPE_CHECKING:
     from .pipeline import ImageBatches
@@ -54,7 +55,8 @@ class Record:
         config: what was run.
         metrics: see :func:`mislas.evaluate.summarise`; of the last epoch.
         history: per epoch: lr, train_loss, and test accuracy where it was measured.
-        provenance: commit, date, device, versions, wall time, data name and checksum.
+        provenance: commit, date, device, versions, wall time, data name and checksum; ``together``, where several runs
+            trained at once in that time, is how many.
         path: the JSON file.
     """
 
@@ -208,22 +210,30 @@ def run(
     """Get runs from the store, training first what is not there.
 
     Stage-1 is trained once for all runs that share it, and Stage-2 runs that can share a pass through the backbone do.
-    A run that was killed goes on from its checkpoint. Where several processes train together each of them calls this,
-    and all must see the store and the data; the first of them writes.
+    A run that was killed goes on from its checkpoint. Stage-1 runs of small networks train side by side if
+    ``options.together`` says so. Where several processes train together each of them calls this, and all must see the
+    store and the data; the first of them writes.
 
     Returns:
         One record per configuration, in order.
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     options = options or Options()
+    check_together(options, distributed.world())
     datasets: dict[tuple[str, float], Dataset | ListDataset] = {}
-    for group in distributed.agree(lambda: plan(configs, store)):
-        name, imbalance = key = group[0].dataset, group[0].imbalance
-        if key not in datasets:
-            with distributed.first():
-                datasets = {key: load(name, data_root, imbalance, download=download)}  # one at a time in memory
-        weights = find_weights(group[0].stage1.weights, data_root) if _needs_weights(group[0]) else None
-        _run_group(group, datasets[key], store, options, weights)
+    for groups in distributed.agree(lambda: side_by_side(plan(configs, store), options.together)):
+        keys = list(dict.fromkeys((group[0].dataset, group[0].imbalance) for group in groups))
+        datasets = {key: data for key, data in datasets.items() if key in keys}  # no others are kept in memory
+        for name, imbalance in keys:
+            if (name, imbalance) not in datasets:
+                with distributed.first():
+                    datasets[name, imbalance] = load(name, data_root, imbalance, download=download)
+        first = groups[0][0]
+        if len(groups) > 1:
+            _run_together([config for (config,) in groups], datasets, store, options)
+            continue
+        weights = find_weights(first.stage1.weights, data_root) if _needs_weights(first) else None
+        _run_group(groups[0], datasets[first.dataset, first.imbalance], store, options, weights)
         distributed.agree(None)  # nobody goes on before the first has written
     return [store.get(config) for config in configs]
 
@@ -253,16 +263,36 @@ def _needs_weights(config: RunConfig) -> bool:
     return config.stage2 is None and config.stage1.weights is not None
 
 
+def _along_the_way(data: Dataset | ListDataset, test: Images | ImageBatches) -> Callable:
+    def evaluate(network: nn.Module, heads: Sequence[nn.Module]) -> list[dict[str, float]]:
+        correct = [logits.argmax(1) == data.test_targets for logits in predict(network, heads, test)]
+        return [{"test_accuracy": round(float(c.double().mean()), 4)} for c in correct]
+
+    return evaluate
+
+
+def _run_together(
+    configs: list[RunConfig], datasets: dict[tuple[str, float], Dataset | ListDataset], store: Store, options: Options
+) -> None:
+    """Train Stage-1 runs at once. Each has its own checkpoint and is stored as it ends."""
+    tests = {key: plain_images(data, options) for key, data in datasets.items()}
+    parts = [(c, datasets[c.dataset, c.imbalance], tests[c.dataset, c.imbalance]) for c in configs]
+    runs = [
+        stage1_run(config, data, options, store.checkpoint([config]), _along_the_way(data, test), together=len(configs))
+        for config, data, test in parts
+    ]
+    for which, trained in train_together(runs):
+        config, data, test = parts[which]
+        store.put_weights(config, trained.backbone, trained.heads[0])
+        finish([config], trained, data, test, store, options)
+        store.checkpoint([config]).unlink(missing_ok=True)
+
+
 def _run_group(
     group: list[RunConfig], data: Dataset | ListDataset, store: Store, options: Options, weights: Path | None
 ) -> None:
     first, test = group[0], plain_images(data, options)
-
-    def along_the_way(network: nn.Module, heads: Sequence[nn.Module]) -> list[dict[str, float]]:
-        correct = [logits.argmax(1) == data.test_targets for logits in predict(network, heads, test)]
-        return [{"test_accuracy": round(float(c.double().mean()), 4)} for c in correct]
-
-    checkpoint = store.checkpoint(group)
+    checkpoint, along_the_way = store.checkpoint(group), _along_the_way(data, test)
     if first.stage2 is None:
         experts = [store.get_weights(expert, data.num_classes) for expert in first.experts]
         trained = train_stage1(first, data, options, checkpoint, along_the_way, weights, experts)
@@ -293,6 +323,8 @@ def finish(
     """Evaluate trained runs at their last epoch and store them."""
     statistics = batch_norm_statistics(trained.backbone)
     source = provenance(data, options, trained.seconds)
+    if trained.together > 1:
+        source["together"] = trained.together
     outputs = predict(trained.backbone, trained.heads, test)
     if distributed.rank() > 0:
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,10 @@ class Options:
         progress: whether to show a progress bar.
         workers: processes that decode image files; 0 decodes in this one, None takes one per processor.
         deadline: a time of ``time.monotonic()`` before which training stops with :class:`OutOfTime`, checkpointed.
+        together: how many Stage-1 runs of small networks train at once (:mod:`mislas.together`), at least 1.
+
+    Raises:
+        MislasError: ``together`` below 1, or above 1 with ``compile``: what they compute on one pass is not compiled.
     """
 
     device: str | None = None
@@ -70,6 +74,13 @@ class Options:
     progress: bool = True
     workers: int | None = None
     deadline: float | None = None
+    together: int = 1
+
+    def __post_init__(self):
+        if not (type(self.together) is int and self.together >= 1):
+            raise MislasError(f"together, the Stage-1 runs that train at once, is 1 or more, got {self.together!r}")
+        if self.together > 1 and self.compile:
+            raise MislasError("runs that train together are not compiled: leave out compile, or together")
 
     def torch_device(self) -> torch.device:
         """The device, or :class:`MislasError` if this machine does not have it."""
@@ -86,12 +97,14 @@ class Options:
 
 @dataclass
 class Trained:
-    """What training leaves: the backbone, one classifier per run, and the history of each run."""
+    """What training leaves: the backbone, one classifier per run, the history of each run, the seconds it took, and
+    how many runs trained at once in them."""
 
     backbone: nn.Module
     heads: list[nn.Module]
     histories: list[list[dict[str, float]]]
     seconds: float
+    together: int = 1
 
 
 # ------------------------------------------------------------------------------------------------------- randomness
@@ -318,6 +331,43 @@ class Objective:
 # --------------------------------------------------------------------------------------------------------- training
 
 
+@dataclass
+class Forward:
+    """What a run asks for before a step: the features of a batch, which may be computed beside those of other runs.
+
+    Attributes:
+        config: the run's.
+        network: its backbone.
+        batch: the images.
+        features_of: computes their features, float32 ``(B, M)``.
+        features: the answer.
+    """
+
+    config: RunConfig
+    network: nn.Module
+    batch: Batch
+    features_of: Callable[[Batch], Tensor]
+    features: Tensor | None = None
+
+    def compute(self) -> None:
+        """Answer, for this run alone."""
+        self.features = self.features_of(self.batch)
+
+
+#: Training that waits, at each yield, for what it needs computed: features, then the gradient of its loss.
+Run = Generator[Forward | Tensor, None, Trained]
+
+
+def alone(run: Run) -> Trained:
+    """Train one run to its end. (:func:`mislas.together.train_together` is for several.)"""
+    while True:
+        try:
+            asked = next(run)
+        except StopIteration as end:
+            return end.value
+        asked.compute() if isinstance(asked, Forward) else asked.backward()
+
+
 def train_stage1(
     config: RunConfig,
     data: Dataset | ListDataset,
@@ -338,6 +388,20 @@ def train_stage1(
     Args:
         experts: with distillation, the trained models of :attr:`RunConfig.experts`, in order.
     """
+    return alone(stage1_run(config, data, options, checkpoint, evaluate, weights, experts))
+
+
+def stage1_run(
+    config: RunConfig,
+    data: Dataset | ListDataset,
+    options: Options,
+    checkpoint: Path | None = None,
+    evaluate: Callable | None = None,
+    weights: Path | None = None,
+    experts: Sequence[tuple[nn.Module, nn.Module]] = (),
+    together: int = 1,
+) -> Run:
+    """What :func:`train_stage1` does, for whoever computes what it asks for; ``together`` is how many train at once."""
     stage, device = config.stage1, options.torch_device()
     whole, held = data, None
     if stage.holdout is not None:
@@ -360,12 +424,13 @@ def train_stage1(
     batches = batches_of(data, stage, "stage1", config.seed, options)
     objective, features_of = Objective(stage, data.class_counts, device), forward(network, config, options)
 
-    def one_branch(epoch: int) -> Iterator[list[Tensor]]:
+    def one_branch(epoch: int) -> Iterator[Forward | list[Tensor]]:
         for batch in batches.epoch(epoch):
-            features = features_of(batch)
-            loss = objective(head(features), batch, epoch)
+            asked = Forward(config, network, batch, features_of)
+            yield asked
+            loss = objective(head(asked.features), batch, epoch)
             if stage.metric is not None:
-                loss = loss + stage.metric_weight * METRICS[stage.metric](features, batch.targets)
+                loss = loss + stage.metric_weight * METRICS[stage.metric](asked.features, batch.targets)
             yield [loss]
 
     def taught(epoch: int) -> Iterator[list[Tensor]]:
@@ -388,9 +453,9 @@ def train_stage1(
     if stage.distillation is not None:
         teachers = Experts(experts, whole.groups, data, whole.only(held), config, options)
         steps = taught
-    trained = _loop(
+    trained = yield from _loop(
         [config], "stage1", network, [head], [groups], steps,
-        len(data.train_targets), options, checkpoint, evaluate, train_mode=True,
+        len(data.train_targets), options, checkpoint, evaluate, train_mode=True, together=together,
     )  # fmt: skip
     for module in (network, head):
         round_to_half(module)
@@ -435,10 +500,10 @@ def train_stage2(
                 features = features_of(batch)
             yield [objective(head(features), batch, epoch) for head, objective in zip(heads, objectives, strict=True)]
 
-    return _loop(
+    return alone(_loop(
         list(configs), "stage2", network, heads, groups, on_frozen_features,
         len(data.train_targets), options, checkpoint, evaluate, train_mode=first.stage2.shift_bn,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable[..., Tensor]:
@@ -465,13 +530,14 @@ def _loop(
     network: nn.Module,
     heads: list[nn.Module],
     groups: list[list[dict]],
-    steps: Callable[[int], Iterator[list[Tensor]]],
+    steps: Callable[[int], Iterator[Forward | list[Tensor]]],
     images: int,
     options: Options,
     checkpoint: Path | None,
     evaluate: Callable | None,
     train_mode: bool,
-) -> Trained:
+    together: int = 1,
+) -> Run:
     """Optimise heads (and what else is in ``groups``) on the losses that ``steps(epoch)`` yields, one per head."""
     stages = [getattr(config, stage_name) for config in configs]
     stage, device = stages[0], options.torch_device()
@@ -482,7 +548,7 @@ def _loop(
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     network.train(train_mode)
 
-    state = _State(network, heads, optimizers, histories=[[] for _ in configs])
+    state = _State(network, heads, optimizers, histories=[[] for _ in configs], together=together)
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, configs)
     learned_alone = [p for head in heads for p in head.parameters() if p.requires_grad]
@@ -503,10 +569,13 @@ def _loop(
             totals = torch.zeros(len(heads), device=device)
             left = images
             for losses in steps(epoch):
+                if isinstance(losses, Forward):  # first the features on which the losses will be
+                    yield losses
+                    continue
                 for optimizer in optimizers:
                     optimizer.zero_grad()
                 step = torch.stack(losses)
-                step.sum().backward()  # heads share no parameter: each gets its own gradient alone
+                yield step.sum()  # for its gradient; heads share no parameter: each gets its own alone
                 distributed.average_gradients(learned_alone)
                 for optimizer in optimizers:
                     optimizer.step()
@@ -537,7 +606,7 @@ def _loop(
                 network.eval()
                 raise OutOfTime(f"stopped after epoch {epoch + 1} of {stage.epochs}")
     network.eval()
-    return Trained(network, heads, state.histories, state.seconds)
+    return Trained(network, heads, state.histories, state.seconds, state.together)
 
 
 def _describe(configs: list[RunConfig], stage_name: str) -> str:
@@ -556,12 +625,14 @@ class _State:
     histories: list[list[dict[str, float]]]
     epoch: int = 0
     seconds: float = 0.0
+    together: int = 1
 
     def save(self, path: Path, configs: list[RunConfig]) -> None:
         content = {
             "runs": [config.id for config in configs],
             "epoch": self.epoch,
             "seconds": self.seconds,
+            "together": self.together,
             "histories": self.histories,
             "network": self.network.state_dict(),
             "heads": [head.state_dict() for head in self.heads],
@@ -578,6 +649,7 @@ class _State:
             for own, stored in zip(self.heads + self.optimizers, content["heads"] + content["optimizers"], strict=True):
                 own.load_state_dict(stored)
             self.epoch, self.seconds = content["epoch"], content["seconds"]
+            self.together = max(self.together, content.get("together", 1))
             self.histories = content["histories"]
         except RecordError:
             raise

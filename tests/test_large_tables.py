@@ -73,7 +73,7 @@ def test_networks_are_those_asked_for_unless_the_overrides_name_one(tmp_path):
 
 def test_the_neighbour_has_a_shorter_schedule_beside_the_default(stored):
     networks = stored.networks("tinyimagenet64", ["resnet10"])
-    assert networks == {"ResNet-10, 40 epochs": SHORT, "ResNet-10": {"backbone": "resnet10"}}
+    assert networks == {"ResNet-10, 30 epochs": SHORT, "ResNet-10": {"backbone": "resnet10"}}
     first = wanted("tinyimagenet64")[0]
     assert first.canonical() == configure("tinyimagenet64", "ce", 100, 0, SHORT).canonical()
     mixed = stored.configs("tinyimagenet64", "lws+mixup", None, SHORT | {"stage2.mixup": 1.0})

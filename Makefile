@@ -1,5 +1,5 @@
 # Every target makes the environment that it needs, in .venv, from the package registry.
-#   make book    build the book into _build/html, from the measured runs in results/ (seconds of training in all)
+#   make book    build the book into _build/html, every page anew from the measured runs in results/
 #   make test    lint, unit tests, and every notebook run live in the tiny profile
 #   make tiny    the quickest look: train two methods on scikit-learn's digits
 #   make bench   how fast it is on this machine, as ratios
@@ -23,7 +23,7 @@ $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	@touch $@
 
 book: $(VENV)/installed-book
-	TQDM_DISABLE=1 $(BIN)/jupyter-book build --warningiserror --keep-going .
+	TQDM_DISABLE=1 $(BIN)/jupyter-book build --all --warningiserror --keep-going .
 	@echo "open _build/html/index.html"
 
 test: $(VENV)/installed-test

@@ -57,13 +57,16 @@ def wanted(
     then the same for the next seed. Rules that are tuned on held-out images need a Stage-1 of their own and are left
     to ``mislas train``. Of a dataset of list files it is what its tables and figures have, with their backbones; it has
     one imbalance factor. Of Tiny-ImageNet at 64 pixels it is the same as of ImageNet-LT, at imbalance factor 100, after
-    Table 1's rows on :data:`mislas.study.SHORT`.
+    Table 1's rows on :data:`mislas.study.SHORT`, and the balanced model.
     """
     large = dataset_name(dataset) in (*LISTS, "tinyimagenet64")
     imbalances = imbalances or ((None,) if large else (100, 50, 10))
     if large:
         rows = _large(dataset_name(dataset))
         configs = [configure(dataset, m, i, seed, more) for seed in seeds for i in imbalances for m, more in rows]
+        if dataset_name(dataset) not in LISTS:  # Figure 8's balanced model
+            plain = [{"backbone": backbone} for backbone in ("resnet10", "resnet50")]
+            configs += [configure(dataset, "ce", 1, seed, more) for seed in seeds for more in plain]
         return list({config.id: config for config in configs}.values())
     configs = []
     for seed in seeds:

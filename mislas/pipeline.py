@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
+from . import distributed
 from .data import ListSpec, write_atomically
-from .distributed import piece
 from .errors import DataError, MislasError, unknown
 from .lists import PREPARED, ImageList, in_threads, read_image
 from .samplers import SAMPLERS
@@ -104,7 +104,7 @@ def jitter_(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 def pieces(n: int, batch_size: int, rank: int, world: int) -> list[tuple[int, int]]:
     """Which positions of an epoch a rank takes in each step, ``(start, stop)``: its
     :func:`mislas.distributed.piece` of every batch."""
-    steps = ((start, piece(min(batch_size, n - start), rank, world)) for start in range(0, n, batch_size))
+    steps = ((start, distributed.piece(min(batch_size, n - start), rank, world)) for start in range(0, n, batch_size))
     return [(start + part.start, start + part.stop) for start, part in steps]
 
 
@@ -137,7 +137,8 @@ class ImageBatches:
         batch_size: images of a step, over all ranks together.
         device: where batches go.
         workers: processes that decode; 0 decodes in this one, None takes one per processor and rank.
-        rank, world: which of how many processes that train together this is; each gets its piece of every batch.
+        rank, world: which of how many processes that train together this is; each gets its piece of every batch. None
+            is what it is (:mod:`mislas.distributed`).
 
     Raises:
         MislasError: a batch size smaller than the number of ranks, or a rank that is not in ``0 .. world - 1``.
@@ -151,9 +152,11 @@ class ImageBatches:
         *,
         device: torch.device | str = "cpu",
         workers: int | None = None,
-        rank: int = 0,
-        world: int = 1,
+        rank: int | None = None,
+        world: int | None = None,
     ):
+        rank = distributed.rank() if rank is None else rank
+        world = distributed.world() if world is None else world
         if not 0 <= rank < world <= batch_size:
             raise MislasError(
                 f"rank is in 0..world - 1 and the batch size at least world, got rank {rank}, world {world}, "

@@ -283,9 +283,7 @@ def _run_together(
     ]
     for which, trained in train_together(runs):
         config, data, test = parts[which]
-        store.put_weights(config, trained.backbone, trained.heads[0])
         finish([config], trained, data, test, store, options)
-        store.checkpoint([config]).unlink(missing_ok=True)
 
 
 def _run_group(
@@ -296,8 +294,6 @@ def _run_group(
     if first.stage2 is None:
         experts = [store.get_weights(expert, data.num_classes) for expert in first.experts]
         trained = train_stage1(first, data, options, checkpoint, along_the_way, weights, experts)
-        if distributed.rank() == 0:
-            store.put_weights(first, trained.backbone, trained.heads[0])
     else:
         stage1 = store.get_weights(first.stage1_only, data.num_classes)
         if isinstance(first.stage2, Adjustment):
@@ -308,8 +304,6 @@ def _run_group(
         else:
             trained = train_stage2(group, stage1, data, options, checkpoint, along_the_way)
     finish(group, trained, data, test, store, options)
-    if distributed.rank() == 0:
-        checkpoint.unlink(missing_ok=True)
 
 
 def finish(
@@ -320,7 +314,7 @@ def finish(
     store: Store,
     options: Options,
 ) -> None:
-    """Evaluate trained runs at their last epoch and store them."""
+    """Evaluate trained runs at their last epoch and store them, with Stage-1's weights; their checkpoint goes."""
     statistics = batch_norm_statistics(trained.backbone)
     source = provenance(data, options, trained.seconds)
     if trained.together > 1:
@@ -328,6 +322,8 @@ def finish(
     outputs = predict(trained.backbone, trained.heads, test)
     if distributed.rank() > 0:
         return
+    if group[0].stage2 is None:
+        store.put_weights(group[0], trained.backbone, trained.heads[0])
     for config, head, logits, history in zip(group, trained.heads, outputs, trained.histories, strict=True):
         metrics, predictions = summarise(logits, data.test_targets, data.groups)
         history[-1]["test_accuracy"] = round(metrics["accuracy"], 4)
@@ -343,6 +339,7 @@ def finish(
             **statistics,
         }
         store.put(config, metrics, history, arrays, source)
+    store.checkpoint(group).unlink(missing_ok=True)
 
 
 def batch_norm_statistics(network: nn.Module) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ from .config import RunConfig
 from .data import LISTS, spec_of
 from .errors import MislasError
 from .models import CIFAR_DEPTHS, CifarResNet
-from .train import Forward, Options, OutOfTime, Run, Trained
+from .train import Forward, Options, OutOfTime, Run, Trained, autocast
 
 
 def kind(config: RunConfig) -> tuple | None:
@@ -98,8 +98,8 @@ def compute(asked: Sequence[Forward]) -> None:
             for one in group:
                 one.compute()
             continue
-        images, bf16 = [one.batch.images for one in group], first.config.precision == "bf16"
-        with torch.autocast(images[0].device.type, torch.bfloat16, enabled=bf16):
+        images = [one.batch.images for one in group]
+        with autocast(first.config, images[0].device):
             features = joint_features([one.network for one in group], images)
         for one, own in zip(group, features, strict=True):
             one.features = own.float()

@@ -238,10 +238,7 @@ class ListBatches:
     ):  # fmt: skip
         from .pipeline import ImageBatches  # here: torchvision takes seconds to import
 
-        self.images = ImageBatches(
-            data.train, data.spec, stage.batch_size, device=device, workers=workers,
-            rank=distributed.rank(), world=distributed.world(),
-        )  # fmt: skip
+        self.images = ImageBatches(data.train, data.spec, stage.batch_size, device=device, workers=workers)
         self.counts = torch.tensor(data.class_counts, dtype=torch.float32, device=device)
         self.targets_host = data.train_targets.numpy()
         self.stage, self.purpose, self.device = stage, (seed, stage_name), device
@@ -291,10 +288,8 @@ def plain_images(data: Dataset | ListDataset, options: Options, which: Tensor | 
         from .pipeline import ImageBatches  # here: torchvision takes seconds to import
 
         images = data.test if which is None else data.train.only(which)
-        return ImageBatches(
-            images, data.spec, max(distributed.world(), min(256, len(images))), device=device, workers=options.workers,
-            rank=distributed.rank(), world=distributed.world(),
-        )  # fmt: skip
+        batch_size = max(distributed.world(), min(256, len(images)))
+        return ImageBatches(images, data.spec, batch_size, device=device, workers=options.workers)
     images = data.test_images if which is None else data.train_images[which]
     return Images(images, data.spec.mean, data.spec.std, padding=0, device=device)
 
@@ -365,7 +360,10 @@ def alone(run: Run) -> Trained:
             asked = next(run)
         except StopIteration as end:
             return end.value
-        asked.compute() if isinstance(asked, Forward) else asked.backward()
+        if isinstance(asked, Forward):
+            asked.compute()
+        else:
+            asked.backward()
 
 
 def train_stage1(
@@ -506,6 +504,11 @@ def train_stage2(
     ))  # fmt: skip
 
 
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The context in which a run's backbone computes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable[..., Tensor]:
     """What gives the features of a batch, float32 ``(B, M)``, computed at the run's precision.
 
@@ -514,7 +517,7 @@ def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable
     """
     call = distributed.replicate(network)
     call = torch.compile(call, dynamic=False) if options.compile else call
-    precision = torch.autocast(options.torch_device().type, torch.bfloat16, enabled=config.precision == "bf16")
+    precision = autocast(config, options.torch_device())
 
     def features_of(batch: Batch, *branch: int) -> Tensor:
         with precision:

@@ -1,6 +1,9 @@
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
+from mislas.augment import Images
 from mislas.data import LISTS, load, long_tailed_counts, spec_of
 from mislas.methods import configure
 from mislas.runs import Store
@@ -16,6 +19,42 @@ def options():
 def digits():
     """scikit-learn's digits at imbalance factor 50: some 400 training images in all three groups."""
     return load("digits", imbalance=50)
+
+
+class KilledError(BaseException):
+    pass
+
+
+@pytest.fixture
+def kill_after():
+    """A function that lets training die, under a monkeypatch, when it asks for one more than so many batches."""
+
+    def kill(patch, batches):
+        whole, seen = Images.batch, []
+
+        def batch(self, *arguments):
+            seen.append(1)
+            if len(seen) > batches:
+                raise KilledError
+            return whole(self, *arguments)
+
+        patch.setattr(Images, "batch", batch)
+
+    return kill
+
+
+@pytest.fixture
+def killed(monkeypatch, kill_after):
+    """A function of a number of batches: a context in which training must die after them."""
+
+    @contextmanager
+    def after(batches):
+        with monkeypatch.context() as patch:
+            kill_after(patch, batches)
+            with pytest.raises(KilledError):
+                yield
+
+    return after
 
 
 @pytest.fixture

@@ -175,22 +175,10 @@ def test_an_expert_has_nothing_to_teach_itself(data, models, teachers):
     assert weights == [0.0, 1.0, 1.0]  # it is as good on its group, and knows nothing of the others
 
 
-def test_a_student_killed_and_resumed_equals_one_never_stopped(data, whole, models, options, tmp_path, monkeypatch):
-    class KilledError(BaseException):
-        pass
-
-    seen, batch, options = [], Images.batch, replace(options, checkpoint_every=0)
-
-    def killed(self, *arguments):
-        seen.append(1)
-        if len(seen) > 25:
-            raise KilledError
-        return batch(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Images, "batch", killed)
-        with pytest.raises(KilledError):
-            train_stage1(STUDENT, data, options, tmp_path / "checkpoint", experts=models)
+def test_a_student_killed_and_resumed_equals_one_never_stopped(data, whole, models, options, tmp_path, killed):
+    options = replace(options, checkpoint_every=0)
+    with killed(25):
+        train_stage1(STUDENT, data, options, tmp_path / "checkpoint", experts=models)
     assert 0 < torch.load(tmp_path / "checkpoint")["epoch"] < 4
     resumed = train_stage1(STUDENT, data, options, tmp_path / "checkpoint", experts=models)
     network, head = whole[0].get_weights(STUDENT, 10)

@@ -158,24 +158,11 @@ def test_it_learns_digits_with_a_backbone_that_trains_or_does_not(data, config, 
     assert (logits.argmax(1) == data.test_targets).double().mean() > 0.6
 
 
-def test_a_killed_run_resumes_to_the_same_result(data, config, trained, options, tmp_path, monkeypatch):
-    class KilledError(BaseException):
-        pass
-
+def test_a_killed_run_resumes_to_the_same_result(data, config, trained, options, tmp_path, killed):
     options = replace(options, checkpoint_every=0)
     whole = train_memory(config, copy.deepcopy(trained), data, options)
-    seen, batch = [], Images.batch
-
-    def killed(self, *arguments):
-        seen.append(1)
-        if len(seen) > 25:  # of 16 steps an epoch
-            raise KilledError
-        return batch(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Images, "batch", killed)
-        with pytest.raises(KilledError):
-            train_memory(config, copy.deepcopy(trained), data, options, tmp_path / "checkpoint")
+    with killed(25):  # of 16 steps an epoch
+        train_memory(config, copy.deepcopy(trained), data, options, tmp_path / "checkpoint")
     assert torch.load(tmp_path / "checkpoint")["epoch"] == 1
     resumed = train_memory(config, copy.deepcopy(trained), data, options, tmp_path / "checkpoint")
     for one, two in ((resumed.heads[0], whole.heads[0]), (resumed.backbone, whole.backbone)):

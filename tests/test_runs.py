@@ -111,24 +111,11 @@ def test_stage1_is_trained_again_where_only_its_weights_are_missing(store, calls
     assert {path: contents(store)[path] for path in before} == before
 
 
-class KilledError(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("batches", [15, 50], ids=["in stage 1", "in stage 2"])
-def test_a_killed_run_resumes_to_the_same_result(full, tmp_path, monkeypatch, batches):
-    whole, seen, store = Images.batch, [], Store(tmp_path)
-
-    def batch(self, *arguments):
-        seen.append(1)
-        if len(seen) > batches:
-            raise KilledError
-        return whole(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Images, "batch", batch)
-        with pytest.raises(KilledError):
-            run([CE, LWS], store, options=replace(OPTIONS, checkpoint_every=0))
+def test_a_killed_run_resumes_to_the_same_result(full, tmp_path, killed, batches):
+    store = Store(tmp_path)
+    with killed(batches):
+        run([CE, LWS], store, options=replace(OPTIONS, checkpoint_every=0))
     (checkpoint,) = store.under_way()
     in_stage1 = batches == 15
     assert checkpoint.name.startswith("ce" if in_stage1 else "lws")

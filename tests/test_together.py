@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mislas.augment import Images
 from mislas.campaign import images_per_second
 from mislas.cli import main
 from mislas.data import load
@@ -113,23 +112,9 @@ def test_runs_trained_together_are_those_trained_alone(datasets, joint, tmp_path
     assert (one["together"], two["together"]) == (4, 1)
 
 
-class KilledError(BaseException):
-    pass
-
-
-def test_runs_killed_together_are_resumed_alone_and_together(datasets, joint, tmp_path, monkeypatch):
-    whole, seen = Images.batch, []
-
-    def batch(self, *arguments):
-        seen.append(1)
-        if len(seen) > 60:
-            raise KilledError
-        return whole(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Images, "batch", batch)
-        with pytest.raises(KilledError):
-            start(CONFIGS, datasets, tmp_path)
+def test_runs_killed_together_are_resumed_alone_and_together(datasets, joint, tmp_path, killed):
+    with killed(60):
+        start(CONFIGS, datasets, tmp_path)
     assert [torch.load(tmp_path / c.id)["epoch"] for c in CONFIGS] == [1, 1, 1, 1]
     first, *others = CONFIGS
     trained = train_stage1(first, datasets[first.imbalance], OPTIONS, tmp_path / first.id)

@@ -357,32 +357,14 @@ def test_runs_that_see_other_features_do_not_train_together(digits, options, sta
 # ------------------------------------------------------------------------------------------- checkpoints and resuming
 
 
-class KilledError(BaseException):
-    pass
-
-
-def kill_after(monkeypatch, batches):
-    whole, seen = Images.batch, []
-
-    def batch(self, *arguments):
-        seen.append(1)
-        if len(seen) > batches:
-            raise KilledError
-        return whole(self, *arguments)
-
-    monkeypatch.setattr(Images, "batch", batch)
-
-
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_a_run_killed_within_an_epoch_and_resumed_equals_one_never_stopped(
-    digits, options, trained, tmp_path, monkeypatch, stage
+    digits, options, trained, tmp_path, monkeypatch, killed, kill_after, stage
 ):
     options = replace(options, checkpoint_every=0)
     per_epoch = -(-len(digits.train_targets) // 32)
-    with monkeypatch.context() as patch:
-        kill_after(patch, 2 * per_epoch + 5)
-        with pytest.raises(KilledError):
-            train(stage, digits, options, trained, tmp_path / "killed")
+    with killed(2 * per_epoch + 5):
+        train(stage, digits, options, trained, tmp_path / "killed")
     assert torch.load(tmp_path / "killed")["epoch"] == 2
     with monkeypatch.context() as patch:
         kill_after(patch, 2 * per_epoch)  # no epoch that is in the checkpoint is trained again
@@ -394,7 +376,7 @@ def test_a_run_killed_within_an_epoch_and_resumed_equals_one_never_stopped(
     assert_equal(torch.load(tmp_path / "killed"), torch.load(tmp_path / "whole"))  # momentum too
 
 
-def test_a_run_killed_after_its_last_epoch_is_not_trained_again(digits, options, tmp_path, monkeypatch):
+def test_a_run_killed_after_its_last_epoch_is_not_trained_again(digits, options, tmp_path, monkeypatch, kill_after):
     config = digits_config("ce", epochs=1)
     first = train_stage1(config, digits, options, tmp_path / "checkpoint")
     kill_after(monkeypatch, 0)

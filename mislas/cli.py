@@ -78,8 +78,33 @@ def _parser() -> argparse.ArgumentParser:
         "--results-root", metavar="DIR", help="the store of finished runs (default: the project's results/)"
     )
 
-    asked = argparse.ArgumentParser(add_help=False)  # what "train" and "submit" have in common
-    asked.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join([*SPECS, *LISTS])}")
+    which = argparse.ArgumentParser(add_help=False)  # what every command that trains takes
+    which.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join([*SPECS, *LISTS])}")
+    which.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
+    which.add_argument("--data-root", metavar="DIR", help="folder with the images; digits and generated need none")
+    which.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field of every run, e.g. epochs=20 or stage2.eps_1=0.4 (repeatable)",
+    )
+    which.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    which.add_argument(
+        "--compile",
+        action="store_true",
+        help="fuse the backbone with torch.compile: faster on long runs; needs a C++ compiler",
+    )
+    which.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train up to N Stage-1 runs of small networks at once, in equal batches (default: 1)",
+    )
+    which.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    asked = argparse.ArgumentParser(add_help=False, parents=[which])  # what "train" and "submit" have in common
     asked.add_argument(
         "--method", required=True, nargs="+", metavar="NAME", help=f"one or more of: {', '.join(METHODS)}"
     )
@@ -91,26 +116,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IF",
         help="imbalance factors >= 1; 1 is balanced (default: 100). Datasets of list files have their own",
     )
-    asked.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
-    asked.add_argument("--data-root", metavar="DIR", help="folder with the images; digits and generated need none")
     asked.add_argument(
         "--workers",
         type=int,
         metavar="N",
         help="processes that decode image files; 0 decodes in this one (default: one per processor)",
-    )
-    asked.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="change a field of every run, e.g. epochs=20 or stage2.eps_1=0.4 (repeatable)",
-    )
-    asked.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    asked.add_argument(
-        "--compile",
-        action="store_true",
-        help="fuse the backbone with torch.compile: faster on long runs; needs a C++ compiler",
     )
     asked.add_argument(
         "--eval-every",
@@ -119,8 +129,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="epochs between test evaluations along the way (default: 10); the last epoch is what counts",
     )
-    _add_together(asked)
-    asked.add_argument("--quiet", action="store_true", help="no progress bar")
     fields = "fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(_wrap(field_names()))
 
     train = commands.add_parser(
@@ -181,12 +189,11 @@ def _parser() -> argparse.ArgumentParser:
 
     push = commands.add_parser(
         "campaign",
-        parents=[store],
+        parents=[store, which],
         help="fill the store with what the book wants, within a time budget",
         description="Train what the tables and figures want of a dataset and the store lacks, most wanted first. "
         "Can be killed at any moment; the same command goes on.",
     )
-    push.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join([*SPECS, *LISTS])}")
     push.add_argument(
         "--imbalance",
         type=float,
@@ -194,18 +201,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IF",
         help="imbalance factors (default: 100 50 10). Datasets of list files have their own",
     )
-    push.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
-    push.add_argument("--data-root", metavar="DIR", help="folder with the images; digits needs none")
     push.add_argument("--budget", metavar="TIME", help="stop, checkpointed, before this time is over: 90s, 9m, 1.5h")
     push.add_argument(
         "--pack", metavar="FILE", help="at the end, pack what is new (and every checkpoint) into this tar"
     )
     push.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
-    push.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of every run")
-    push.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
-    push.add_argument("--compile", action="store_true", help="fuse the backbone with torch.compile")
-    _add_together(push)
-    push.add_argument("--quiet", action="store_true", help="no progress bar")
     push.set_defaults(call=_campaign)
 
     joining = commands.add_parser(
@@ -253,16 +253,6 @@ def _parser() -> argparse.ArgumentParser:
     shrinking.add_argument("--quiet", action="store_true", help="no progress bar")
     shrinking.set_defaults(call=_shrink)
     return parser
-
-
-def _add_together(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--together",
-        type=int,
-        default=1,
-        metavar="N",
-        help="train up to N Stage-1 runs of small networks at once, in equal batches (default: 1)",
-    )
 
 
 def _wrap(words: list[str], width: int = 100) -> list[str]:

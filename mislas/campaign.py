@@ -159,12 +159,15 @@ def _kind(config: RunConfig) -> tuple:
 
 
 def estimate(planned: Sequence[Job], rates: dict[str, Rates]) -> str:
-    """Hours that jobs take on each device that has rates for all of them, in words; empty if none has."""
+    """Hours that jobs take on each device that has rates for them, in words; "more than" where it has rates for some
+    of them only. Empty if no device has any."""
     costs = []
     for device, known in rates.items():
         seconds = [job.seconds_at(known) for job in planned]
-        if None not in seconds:
-            costs.append(f"{sum(seconds) / 3600:.1f} h ({device})")
+        told = [cost for cost in seconds if cost is not None]
+        if told:
+            about = "about" if len(told) == len(seconds) else "more than"
+            costs.append(f"{about} {sum(told) / 3600:.1f} h ({device})")
     return "; ".join(costs)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .campaign import estimate, images_per_second, jobs, wanted
+from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
 from .runs import Record, Store
 from .study import FORMS, SHIFT, Study
@@ -253,31 +254,42 @@ def summary(study: Study, dataset: str) -> Table:
 # ------------------------------------------------------------------------------------------------------------- gaps
 
 
-def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] = (100, 50, 10), seed: int = 0) -> Table:
-    """What a campaign wants and the store lacks: runs, cost on each device that the store knows, command.
+def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | None = None, seed: int = 0) -> Table:
+    """What a campaign wants and the store lacks: runs, and what they cost on each device that the store knows; the
+    commands are under the table.
 
     The cost is what has to be trained anew, Stage-1 included, at the rate of stored runs of the same kind.
+
+    Args:
+        imbalances: imbalance factors; None is what :func:`mislas.campaign.wanted` takes. The balanced model is always
+            looked for.
     """
-    rates, rows = images_per_second(store), []
+    rates, rows, marks = images_per_second(store), [], {}
     for dataset in datasets:
-        for imbalance in (*imbalances, 1):
-            configs = [c for c in wanted(dataset, imbalances, [seed]) if c.imbalance == imbalance]
-            planned = jobs(configs, store)
-            missing = sum(store.get(config) is None for config in configs)
+        everything = wanted(dataset, imbalances, [seed])
+        for imbalance in dict.fromkeys(config.imbalance for config in everything):
+            configs = [config for config in everything if config.imbalance == imbalance]
+            missing = [config for config in configs if store.get(config) is None]
             if not missing:
                 continue
+            planned = jobs(configs, store)
+            command = _commands(dataset, imbalances, seed, missing)
+            mark = marks.setdefault(command, f"[{len(marks) + 1}]")
             passes = sum(job.passes for job in planned)
-            given = f"--dataset {dataset} --seed {seed} --data-root DIR"
-            command = f"mislas campaign {given} --imbalance {' '.join(f'{i:g}' for i in imbalances)}"
-            if imbalance == 1:
-                command = f"mislas train {given} --imbalance 1 --method ce"
-            rows.append(
-                [
-                    dataset, f"{imbalance:g}", f"{missing} of {len(configs)}", f"{passes / 1e6:.1f}",
-                    estimate(planned, rates) or DASH, command,
-                ]
-            )  # fmt: skip
-    columns = ["dataset", "IF", "runs missing", "million image passes", "estimated", "command"]
+            cells = [f"{len(missing)} of {len(configs)}", f"{passes / 1e6:.1f}", estimate(planned, rates) or DASH]
+            rows.append([f"{dataset} {mark}", f"{imbalance:g}", *cells])
+    columns = ["dataset", "IF", "runs missing", "million image passes", "estimated"]
     frame = pd.DataFrame(rows, columns=columns).set_index("dataset")
     frame.index.name = None
-    return Table(frame, f"What is not measured yet, seed {seed}." if rows else "All that a campaign wants is measured.")
+    caption = f"What is not measured yet, seed {seed}." if rows else "All that a campaign wants is measured."
+    return Table(frame, caption, [f"{mark} {command}" for command, mark in marks.items()])
+
+
+def _commands(dataset: str, imbalances: Sequence[float] | None, seed: int, missing: Sequence[RunConfig]) -> str:
+    """What measures missing runs of one imbalance factor: a campaign, or for the balanced model each network alone."""
+    given = f"--dataset {dataset} --seed {seed} --data-root DIR"
+    if missing[0].imbalance > 1:
+        which = f" --imbalance {' '.join(f'{i:g}' for i in imbalances)}" if imbalances else ""
+        return f"`mislas campaign {given}{which}`"
+    one = f"mislas train {given} --imbalance 1 --method ce"
+    return ", ".join(f"`{one} --set backbone={config.backbone}`" for config in missing)

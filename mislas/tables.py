@@ -571,7 +571,7 @@ def how_to(
     planned = jobs(configs, study.store)
     images = sum(job.passes for job in planned)
     hours = estimate(planned, _rates(study.store.root, len(files(study.store))))
-    cost = f"{images / 1e6:,.1f} million image passes" + (f", about {hours}" if hours else "")
+    cost = f"{images / 1e6:,.1f} million image passes" + (f", {hours}" if hours else "")
     return f"{study.command(dataset, methods, imbalance, changes)}  # {cost}"
 
 

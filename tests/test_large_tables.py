@@ -99,11 +99,11 @@ def test_what_it_takes_counts_stage_1_once(stored):
     assert f"# {passes:.1f} million image passes" in how_to(stored, "imagenet-lt", ["crt", "lws"])
 
 
-def test_hours_are_for_devices_that_know_every_kind():
+def test_hours_are_for_devices_with_rates_and_say_when_some_are_unknown():
     config = configure("imagenet-lt", "ce")
-    planned = [Job([config], 7_200_000), Job([config], 3_600_000)]
-    assert estimate(planned, {"fast": {_kind(config): 1000.0}, "other": {}}) == "3.0 h (fast)"
-    assert estimate([*planned, Job([configure("imagenet-lt", "crt")], 1)], {"fast": {_kind(config): 1000.0}}) == ""
+    planned, rates = [Job([config], 7_200_000), Job([config], 3_600_000)], {"fast": {_kind(config): 1000.0}}
+    assert estimate(planned, rates | {"other": {}}) == "about 3.0 h (fast)"
+    assert estimate([*planned, Job([configure("imagenet-lt", "crt")], 1)], rates) == "more than 3.0 h (fast)"
     assert estimate(planned, {}) == ""
 
 

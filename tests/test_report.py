@@ -162,11 +162,20 @@ def test_gaps_name_what_is_missing_its_cost_and_the_command(store):
     table = gaps(store, ["cifar10-jpeg"], [100])
     row = table.frame.iloc[0]
     assert row["runs missing"].split(" of ")[0] != "0"
-    assert row["command"] == "mislas campaign --dataset cifar10-jpeg --seed 0 --data-root DIR --imbalance 100"
-    balanced = gaps(Store(store.root / "none"), ["cifar10"], [100]).frame.iloc[-1]
-    assert balanced["command"] == "mislas train --dataset cifar10 --seed 0 --data-root DIR --imbalance 1 --method ce"
-    assert balanced["runs missing"] == "1 of 1"
+    assert table.frame.index[0] == "cifar10-jpeg [1]"
+    assert table.notes == ["[1] `mislas campaign --dataset cifar10-jpeg --seed 0 --data-root DIR --imbalance 100`"]
     assert float(row["million image passes"]) > 0
+    empty = gaps(Store(store.root / "none"), ["cifar10"], [100])
+    assert empty.frame.iloc[-1][["IF", "runs missing"]].tolist() == ["1", "1 of 1"]
+    train = "mislas train --dataset cifar10 --seed 0 --data-root DIR --imbalance 1 --method ce --set backbone=resnet32"
+    assert empty.notes[-1] == f"[2] `{train}`"
+
+
+def test_gaps_look_at_the_imbalance_factors_that_a_dataset_has(tmp_path):
+    small, large = (gaps(Store(tmp_path), [name]) for name in ("cifar100", "tinyimagenet64"))
+    assert small.frame["IF"].tolist() == ["100", "50", "10", "1"]
+    assert large.frame["IF"].tolist() == ["100", "1"]
+    assert [note.count("mislas train") for note in large.notes] == [0, 2]  # both balanced networks
 
 
 def test_gaps_estimate_hours_from_the_rates_of_stored_runs(tmp_path):

@@ -5,6 +5,7 @@ Stage-1:
 - usual: PIL images, torchvision transforms, DataLoader workers, eager, float32, batches of 128.
 - ours: what ``mislas train`` runs.
 - bare: ours without data: the same forward, backward and step, over and over on one resident batch.
+- roofline: that step's arithmetic and memory traffic at the rates that this device reaches for each alone.
 - together: several models like ours at once (never compiled).
 
 Stage-2:
@@ -30,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from roofline import peaks, roofline_seconds, work
 from torch import nn
 from usual import usual_epoch, usual_loader
 
@@ -110,7 +112,7 @@ def stage2(configs: list[RunConfig], data: Dataset, options: Options) -> Callabl
     return second_epoch(lambda mark: train_stage2(configs, model, data, options, evaluate=mark), options.torch_device())
 
 
-def bare(data: Dataset, options: Options) -> Callable[[], float]:
+def bare_step(options: Options) -> Callable[[], None]:
     device = options.torch_device()
     network = nn.Sequential(backbone("resnet32"), nn.Linear(64, 10))
     network = network.to(device, memory_format=torch.channels_last).train()
@@ -119,17 +121,37 @@ def bare(data: Dataset, options: Options) -> Callable[[], float]:
     images = torch.randn(BATCH, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     targets = torch.arange(BATCH, device=device) % 10
 
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = forward(images)
+        loss = F.cross_entropy(logits.float(), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def bare(data: Dataset, options: Options) -> Callable[[], float]:
+    step, device = bare_step(options), options.torch_device()
+
     def epoch() -> float:
         start = time.perf_counter()
         for _ in range(len(data.train_targets) // BATCH):
-            with torch.autocast(device.type, torch.bfloat16):
-                logits = forward(images)
-            loss = F.cross_entropy(logits.float(), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            step()
         synchronize(device)
         return time.perf_counter() - start
+
+    return epoch
+
+
+def roofline(data: Dataset, options: Options) -> Callable[[], float]:
+    step = bare_step(replace(options, compile=False))
+    step()  # the optimiser's state is made in the first one
+    flops, moved = work(step)
+
+    def epoch() -> float:
+        return len(data.train_targets) / BATCH * roofline_seconds(flops, moved, *peaks(options.torch_device()))
 
     return epoch
 
@@ -137,6 +159,7 @@ def bare(data: Dataset, options: Options) -> Callable[[], float]:
 RATIOS = [  # name, the time above, the time below
     ("ours against the usual loop", "usual", "ours"),
     ("ours against bare computation", "bare", "ours"),
+    ("ours against the roofline", "roofline", "ours"),
     ("{} models together against one after another", "ours", "together"),
     ("the grid of 21 against one run, cost", "grid", "one head"),
 ]
@@ -159,6 +182,7 @@ def main() -> None:
         "usual": usual(data, device),
         "ours": ours(data, options),
         "bare": bare(data, options),
+        "roofline": roofline(data, options),
         "together": together(arguments.together, data, replace(options, compile=False)),
         "one head": stage2(grid[-1:], data, options),
         "grid": stage2(grid, data, options),

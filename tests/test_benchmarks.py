@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from scipy.stats import ttest_ind
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,16 +19,34 @@ def test_the_benchmark_runs_and_saves_rates_and_ratios(tmp_path):
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(saved.read_text())
-    assert set(found["images_per_second"]) == {"usual", "ours", "bare", "together", "one head", "grid"}
+    assert set(found["images_per_second"]) == {
+        "usual", "ours", "bare", "roofline", "together", "one head", "grid"
+    }  # fmt: skip
     for middle, low, high in (*found["images_per_second"].values(), *found["ratios"].values()):
         assert 0 < low <= middle <= high
     assert all(name in done.stdout for name in found["ratios"])
 
 
+def test_the_roofline_counts_what_a_step_computes_and_moves(script):
+    """A linear layer of 3 x 5 on 7 rows, by hand; a view moves nothing."""
+    roofline = script("roofline")
+    x, w = torch.zeros(7, 5), torch.zeros(3, 5)
+    assert roofline.work(lambda: x @ w.t()) == (2 * 7 * 5 * 3, 4 * (7 * 5 + 5 * 3 + 7 * 3))
+    assert roofline.work(lambda: torch.relu(x).view(5, 7)) == (0, 4 * 2 * 7 * 5)
+    assert roofline.work(lambda: torch.empty(100)) == (0, 0)
+    assert roofline.roofline_seconds(100, 20, 50, 5) == 4  # 2 s of arithmetic, 4 s of memory
+    assert all(rate > 1e6 for rate in roofline.peaks(torch.device("cpu"), 0.01))
+
+
 @pytest.fixture
-def accuracy(monkeypatch):
+def script(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module("accuracy")
+    return importlib.import_module
+
+
+@pytest.fixture
+def accuracy(script):
+    return script("accuracy")
 
 
 def test_accuracy_is_compared_and_what_is_measured_is_not_trained_again(accuracy, tmp_path, monkeypatch, capsys):

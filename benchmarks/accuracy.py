@@ -1,30 +1,36 @@
-"""Does the fast way of training cost accuracy? The same schedule, trained in two ways, for several seeds:
+"""Do two ways of training reach the same accuracy? One schedule in both, for several seeds:
 
 - usual: PIL images, torchvision transforms, DataLoader workers, eager float32, torch's SGD.
 - ours: what ``mislas train`` runs: bfloat16, channels-last, fused SGD, augmentation on the device.
+- compressed: ours, on images compressed as JPEG (once more, if they were): what do lossy images cost?
 
 Network, initial distribution, learning rates, weight decay and epochs are the same; each way draws its own randomness,
 so that a seed of one has nothing to do with the same seed of the other. Measured is test accuracy at the last epoch.
 With --save every run is kept as it ends: the same command goes on where it was stopped.
 
     python benchmarks/accuracy.py --dataset cifar10-jpeg --data-root data --save benchmarks/results/accuracy-mine.json
+    python benchmarks/accuracy.py --ways ours compressed --quality 40 ...
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from scipy.stats import t
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from usual import usual_epoch, usual_loader
 
@@ -60,7 +66,27 @@ def ours(config: RunConfig, data: Dataset, options: Options) -> tuple[nn.Module,
     return trained.backbone, trained.heads[0]
 
 
-WAYS = {"usual": usual, "ours": ours}
+def compress(images: Tensor, quality: int, offset: int = 4) -> Tensor:
+    """Images uint8 ``(N, H, W, 3)`` as they come back from JPEG files with halved colour resolution.
+
+    JPEG's blocks begin ``offset`` pixels outside the image: on the same blocks as a first time, a second compression
+    would change next to nothing.
+    """
+    found = torch.empty_like(images)
+    for image, target in zip(images.numpy(), found.numpy(), strict=True):
+        buffer = io.BytesIO()
+        padded = Image.fromarray(np.pad(image, ((offset, 0), (offset, 0), (0, 0)), mode="edge"))
+        padded.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+        target[:] = np.asarray(Image.open(buffer))[offset:, offset:]
+    return found
+
+
+def compressed(data: Dataset, quality: int) -> Dataset:
+    train, test = (compress(images, quality) for images in (data.train_images, data.test_images))
+    return dataclasses.replace(data, train_images=train, test_images=test)
+
+
+WAYS: dict[str, Callable] = {"usual": usual, "ours": ours, "compressed": ours}
 
 
 def measure(way: str, config: RunConfig, data: Dataset, options: Options) -> dict[str, Any]:
@@ -73,12 +99,12 @@ def measure(way: str, config: RunConfig, data: Dataset, options: Options) -> dic
     return {"way": way, "seed": config.seed, "accuracy": round(accuracy, 6), **provenance(data, options, seconds)}
 
 
-def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation of each way, and ours minus usual with Welch's interval, in points of accuracy.
+def compare(runs: Sequence[dict[str, Any]], ways: Sequence[str] = ("usual", "ours")) -> dict[str, Any]:
+    """Mean and standard deviation of two ways, and second minus first with Welch's interval, in points of accuracy.
 
     A standard deviation takes two runs; without it there is no interval. What is not there is None.
     """
-    values = {way: [100 * run["accuracy"] for run in runs if run["way"] == way] for way in WAYS}
+    values = {way: [100 * run["accuracy"] for run in runs if run["way"] == way] for way in ways}
     found: dict[str, Any] = {
         way: {
             "runs": len(some),
@@ -89,7 +115,8 @@ def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     found |= {"difference": None, "standard_error": None, "interval": None}
     if all(values.values()):
-        found["difference"] = statistics.mean(values["ours"]) - statistics.mean(values["usual"])
+        first, second = (statistics.mean(some) for some in values.values())
+        found["difference"] = second - first
     if all(len(some) > 1 for some in values.values()):
         parts = [(statistics.variance(some) / len(some), len(some) - 1) for some in values.values()]
         variance = sum(part for part, _ in parts)
@@ -125,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=("ce", "mixup"), default="ce")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: the method's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--ways", nargs=2, choices=list(WAYS), default=["usual", "ours"], help="default: usual ours")
+    parser.add_argument("--quality", type=int, default=75, metavar="Q", help="of compressed, 1..95 (default: 75)")
     parser.add_argument("--compile", action="store_true", help="fuse our backbone with torch.compile")
     parser.add_argument("--device")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -139,6 +168,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def accuracy(arguments: argparse.Namespace) -> None:
+    if arguments.ways[0] == arguments.ways[1]:
+        raise MislasError(f"--ways takes two that differ of {', '.join(WAYS)}; got {arguments.ways[0]} twice")
+    if not 1 <= arguments.quality <= 95:
+        raise MislasError(f"JPEG's quality is 1..95, got {arguments.quality}")
     options = Options(arguments.device, arguments.compile, eval_every=2**31, progress=not arguments.quiet)
     changes = {"precision": "bf16"} | ({} if arguments.epochs is None else {"epochs": arguments.epochs})
     configs = [
@@ -148,7 +181,10 @@ def accuracy(arguments: argparse.Namespace) -> None:
     if first.dataset not in SPECS:
         raise MislasError(f"the usual loop here is for images that fit in memory: {', '.join(SPECS)}")
     data = load(first.dataset, arguments.data_root, first.imbalance)
+    lossy = "compressed" in arguments.ways
+    seen = {way: compressed(data, arguments.quality) if way == "compressed" else data for way in arguments.ways}
     setting = {
+        "ways": arguments.ways,
         "dataset": first.dataset,
         "data_checksum": data.checksum,
         "imbalance": first.imbalance,
@@ -156,23 +192,24 @@ def accuracy(arguments: argparse.Namespace) -> None:
         "epochs": first.stage1.epochs,
         "device": device_name(options.torch_device()),
         "compile": options.compile,
+        **({"quality": arguments.quality} if lossy else {}),
     }
     runs = stored(arguments.save, setting)
     for config in configs:
-        for way in WAYS:
+        for way in arguments.ways:
             if any((run["way"], run["seed"]) == (way, config.seed) for run in runs):
                 continue
-            runs.append(measure(way, config, data, options))
+            runs.append(measure(way, config, seen[way], options))
             if arguments.save:
-                content = {"setting": setting, "found": compare(runs), "runs": runs}
+                content = {"setting": setting, "found": compare(runs, arguments.ways), "runs": runs}
                 text = json.dumps(content, indent=1) + "\n"
                 write_atomically(arguments.save, lambda handle, text=text: handle.write(text.encode()))
             print("seed {seed}, {way}: {accuracy:.2%} in {seconds:.0f} s".format(**runs[-1]), flush=True)
-    found = compare(runs)
+    found = compare(runs, arguments.ways)
     print("{dataset} IF={imbalance:g}, {method}, {epochs} epochs, {device}, compile={compile}".format(**setting))
-    for way in WAYS:
-        print(f"{way:6} {found[way]['mean']:.2f} % of {found[way]['runs']} runs{deviation(found[way]['deviation'])}")
-    print(f"ours minus usual: {found['difference']:+.2f} points", end="")
+    for way in arguments.ways:
+        print(f"{way:10} {found[way]['mean']:.2f} % of {found[way]['runs']} runs{deviation(found[way]['deviation'])}")
+    print("{1} minus {0}: ".format(*arguments.ways) + f"{found['difference']:+.2f} points", end="")
     if found["interval"]:
         low, high = found["interval"]
         print(

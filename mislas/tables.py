@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import itertools
+import json
 import statistics
 import string
 from collections.abc import Callable, Sequence
@@ -849,3 +850,37 @@ def readme_table(study: Study) -> Table:
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     caption = "Top-1 accuracy and ECE (%), NLL (nats); ResNet-32, CIFAR-10-LT, imbalance factor 100."
     return Table(frame, caption, [study.provenance(shown)])
+
+
+# ------------------------------------------------------------------------------------------ one schedule in two ways
+
+
+def two_ways(folder: Path, first: str, second: str) -> Table:
+    """What ``benchmarks/accuracy.py`` has measured of two ways of training: accuracy of each, and the difference.
+
+    Args:
+        folder: with its files, ``accuracy-*.json``.
+        first, second: the ways; the difference is second minus first. Files with one run of a way are left out.
+    """
+    rows, notes = {}, []
+    for path in sorted(folder.glob("accuracy-*.json")):
+        measured = json.loads(path.read_text())
+        setting, found = measured["setting"], measured["found"]
+        if setting["ways"] != [first, second] or found["interval"] is None:
+            continue
+        name = "{dataset} IF={imbalance:g}, {method}, {epochs} epochs".format(**setting)
+        rows[name + (f", quality {setting['quality']}" if "quality" in setting else "")] = {
+            **{way: "{mean:.1f} ± {deviation:.1f} (n={runs})".format(**found[way]) for way in (first, second)},
+            "difference": f"{found['difference']:+.1f}",
+            "95% interval": "{:+.1f} to {:+.1f}".format(*found["interval"]),
+        }
+        source = {
+            key: ", ".join(sorted({str(run[key])[:10] for run in measured["runs"]}))
+            for key in ("seed", "commit", "date")
+        }
+        notes.append(
+            f"{name}: data {setting['data_checksum']}; seeds {source['seed']}; commit {source['commit']}; "
+            f"{setting['device']}{', compiled' * setting['compile']}; {source['date']}; last epoch."
+        )
+    caption = f"Top-1 accuracy (%): {first} and {second}, mean ± standard deviation over seeds; difference in points."
+    return Table(pd.DataFrame.from_dict(rows, orient="index"), caption if rows else "Not measured yet.", notes)

@@ -1,5 +1,7 @@
 """Tables against cases worked by hand; runs are made up."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from mislas.tables import (
     table2_gains,
     table5,
     true_probabilities,
+    two_ways,
     variants,
 )
 
@@ -194,3 +197,22 @@ def test_measures_by_group_show_a_dash_for_an_empty_group(made_up):
     assert list(frame.columns[:4]) == ["accuracy", "accuracy, many", "accuracy, medium", "accuracy, few"]
     assert list(frame.columns[4:]) == ["ECE", "ECE, many", "ECE, medium", "ECE, few"]
     assert frame.loc["CE"].tolist() == ["25.0", "25.0", "25.0", "–"] * 2
+
+
+def test_two_ways_show_what_their_files_have_and_leave_out_single_runs(tmp_path):
+    setting = {
+        "ways": ["usual", "ours"], "dataset": "digits", "data_checksum": "abc", "imbalance": 100.0, "method": "ce",
+        "epochs": 20, "device": "A device", "compile": False,
+    }  # fmt: skip
+    way = {"runs": 2, "mean": 70.04, "deviation": 1.26}
+    found = {"usual": way, "ours": way | {"mean": 71.0}, "difference": 0.96, "interval": [-2.0, 3.92]}
+    runs = [{"seed": seed, "commit": "0123456789abcdef", "date": "2026-01-02T03:04:05"} for seed in (1, 0)]
+    content = {"setting": setting, "found": found, "runs": runs}
+    (tmp_path / "accuracy-a.json").write_text(json.dumps(content))
+    (tmp_path / "accuracy-b.json").write_text(json.dumps(content | {"found": found | {"interval": None}}))
+    table = two_ways(tmp_path, "usual", "ours")
+    assert table.frame.index.tolist() == ["digits IF=100, ce, 20 epochs"]
+    assert table.frame.iloc[0].tolist() == ["70.0 ± 1.3 (n=2)", "71.0 ± 1.3 (n=2)", "+1.0", "-2.0 to +3.9"]
+    (note,) = table.notes
+    assert "data abc; seeds 0, 1; commit 0123456789; A device; 2026-01-02; last epoch." in note
+    assert two_ways(tmp_path, "ours", "compressed").caption == "Not measured yet."

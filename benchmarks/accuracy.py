@@ -181,8 +181,6 @@ def accuracy(arguments: argparse.Namespace) -> None:
     if first.dataset not in SPECS:
         raise MislasError(f"the usual loop here is for images that fit in memory: {', '.join(SPECS)}")
     data = load(first.dataset, arguments.data_root, first.imbalance)
-    lossy = "compressed" in arguments.ways
-    seen = {way: compressed(data, arguments.quality) if way == "compressed" else data for way in arguments.ways}
     setting = {
         "ways": arguments.ways,
         "dataset": first.dataset,
@@ -192,19 +190,21 @@ def accuracy(arguments: argparse.Namespace) -> None:
         "epochs": first.stage1.epochs,
         "device": device_name(options.torch_device()),
         "compile": options.compile,
-        **({"quality": arguments.quality} if lossy else {}),
+        **({"quality": arguments.quality} if "compressed" in arguments.ways else {}),
     }
     runs = stored(arguments.save, setting)
-    for config in configs:
-        for way in arguments.ways:
-            if any((run["way"], run["seed"]) == (way, config.seed) for run in runs):
-                continue
-            runs.append(measure(way, config, seen[way], options))
-            if arguments.save:
-                content = {"setting": setting, "found": compare(runs, arguments.ways), "runs": runs}
-                text = json.dumps(content, indent=1) + "\n"
-                write_atomically(arguments.save, lambda handle, text=text: handle.write(text.encode()))
-            print("seed {seed}, {way}: {accuracy:.2%} in {seconds:.0f} s".format(**runs[-1]), flush=True)
+    have = {(run["way"], run["seed"]) for run in runs}
+    todo = [(config, way) for config in configs for way in arguments.ways if (way, config.seed) not in have]
+    seen = {way: data for _, way in todo}
+    if "compressed" in seen:
+        seen["compressed"] = compressed(data, arguments.quality)
+    for config, way in todo:
+        runs.append(measure(way, config, seen[way], options))
+        if arguments.save:
+            content = {"setting": setting, "found": compare(runs, arguments.ways), "runs": runs}
+            text = json.dumps(content, indent=1) + "\n"
+            write_atomically(arguments.save, lambda handle, text=text: handle.write(text.encode()))
+        print("seed {seed}, {way}: {accuracy:.2%} in {seconds:.0f} s".format(**runs[-1]), flush=True)
     found = compare(runs, arguments.ways)
     print("{dataset} IF={imbalance:g}, {method}, {epochs} epochs, {device}, compile={compile}".format(**setting))
     for way in arguments.ways:

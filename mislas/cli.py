@@ -10,9 +10,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from . import __version__, cluster, distributed
 from .campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
@@ -168,7 +170,14 @@ def _parser() -> argparse.ArgumentParser:
         help="time limit of a job before it is queued again (default: 24)",
     )
     submitting.add_argument("--folder", default="jobs", metavar="DIR", help="for logs (default: jobs)")
-    submitting.add_argument("--local", action="store_true", help="run the jobs on this machine, one after the other")
+    submitting.add_argument("--local", action="store_true", help="run the jobs on this machine, without Slurm")
+    submitting.add_argument(
+        "--at-once",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --local: jobs that run at once, each with its share of processors and GPUs (default: 1)",
+    )
     submitting.add_argument("--dry-run", action="store_true", help="print the jobs, submit nothing")
     submitting.set_defaults(call=_submit)
 
@@ -318,6 +327,10 @@ def _submit(arguments: argparse.Namespace) -> None:
     configs, options, store = _configs(arguments), _options(arguments), _store(arguments)
     processors = None if arguments.workers is None else arguments.workers + 1
     resources = cluster.Resources(arguments.gpus, arguments.nodes, arguments.hours, arguments.partition, processors)
+    if arguments.at_once < 1:
+        raise MislasError(f"--at-once must be at least 1, got {arguments.at_once}")
+    if arguments.at_once > 1 and not arguments.local:
+        raise MislasError("--at-once is for --local; Slurm decides itself how many jobs run at once")
     planned = cluster.cluster_jobs(configs, store, arguments.data_root, options, resources.tasks)
     have = sum(store.get(config) is not None for config in configs)
     print(f"{have} of {len(configs)} runs are in the store; jobs to do: {len(planned)}, each with {resources}")
@@ -330,7 +343,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     executor = cluster.executor(arguments.folder, resources, arguments.local)
     cluster.check_data(planned)
     if arguments.local:
-        _run_here(planned, executor, options.progress)
+        _print_ended(planned, cluster.run_here(planned, executor, options.progress, arguments.at_once, resources.gpus))
         return
     handles = cluster.submit(planned, executor)
     print("submitted:")
@@ -339,11 +352,11 @@ def _submit(arguments: argparse.Namespace) -> None:
     print(f"progress: mislas list --results-root {store.root} (finished, under way), squeue --me, or a job's log")
 
 
-def _run_here(planned: Sequence[cluster.ClusterJob], executor: Any, progress: bool) -> None:
+def _print_ended(planned: Sequence[cluster.ClusterJob], ended: Iterable[tuple]) -> None:
     failed = []
-    for job, handle, failure in cluster.run_here(planned, executor, progress):
+    for job, handle, failure in ended:
         log = handle.paths.stderr
-        print(f"job {handle.job_id} {'failed' if failure else 'is done'}: {job}\n      log: {log}", flush=True)
+        tqdm.write(f"job {handle.job_id} {'failed' if failure else 'is done'}: {job}\n      log: {log}")
         if failure:
             failed.append(f"{failure} (log: {log})")
     if failed:

@@ -12,11 +12,13 @@ import re
 import shutil
 import signal
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from tqdm import tqdm
 
 from . import distributed
@@ -87,6 +89,8 @@ class ClusterJob:
         results_root, data_root: absolute, since a job may start in another folder.
         options: how to train.
         tasks: processes that are started with this job and train together.
+        threads: processors that each of them computes on; None is PyTorch's choice.
+        gpus: names of the GPUs that it sees, such as ``"2,3"``; None is what submitit gives it.
     """
 
     configs: tuple[RunConfig, ...]
@@ -94,12 +98,18 @@ class ClusterJob:
     data_root: Path | None
     options: Options
     tasks: int = 1
+    threads: int | None = None
+    gpus: str | None = None
 
     def __call__(self) -> None:
         import submitit
 
         ignored = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")  # for this process, not for its workers
         os.register_at_fork(after_in_child=lambda: signal.signal(ignored, signal.SIG_IGN))
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        if self.gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         if self.tasks == 1:
             self._train()
             return
@@ -220,31 +230,74 @@ def submit(jobs: Sequence[ClusterJob], executor: submitit.AutoExecutor) -> list[
         raise MislasError(f"Slurm does not take the jobs: {_last_line(str(error))}") from error
 
 
+def share(slot: int, at_once: int, tasks: int, gpus: int) -> tuple[int | None, str | None]:
+    """What of this machine a job gets while ``at_once`` run here: threads of each process, and GPUs.
+
+    The threads that PyTorch would use for one process are divided evenly. The GPUs that this process sees are dealt out
+    in turn, and shared if there are fewer than the jobs ask for.
+
+    Args:
+        slot: which of the jobs that run at once, in ``0 .. at_once - 1``.
+        tasks: processes of a job.
+        gpus: GPUs that a job asks for.
+
+    Returns:
+        Threads, or None for one job at a time; and names of GPUs, such as ``"2,3"``, or None if there are none.
+    """
+    threads = max(1, torch.get_num_threads() // (at_once * tasks)) if at_once > 1 else None
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    have = [name for name in names.split(",") if name]
+    dealt = dict.fromkeys(have[(slot * gpus + i) % len(have)] for i in range(gpus)) if have else {}
+    return threads, ",".join(dealt) or None
+
+
 def run_here(
-    jobs: Sequence[ClusterJob], executor: submitit.AutoExecutor, progress: bool = True
+    jobs: Sequence[ClusterJob],
+    executor: submitit.AutoExecutor,
+    progress: bool = True,
+    at_once: int = 1,
+    gpus: int = 0,
 ) -> Iterator[tuple[ClusterJob, submitit.Job, str | None]]:
-    """Run jobs on this machine, one after the other, and show the progress of each.
+    """Run jobs on this machine, so many at once, and show the progress of each.
+
+    Args:
+        at_once: how many, >= 1; each has its :func:`share` of the machine.
+        gpus: GPUs that each job asks for.
 
     Yields:
         As each ends: the job, submitit's handle of it, and None or the last line that it said when it failed.
     """
-    for number, job in enumerate(jobs, 1):
-        handle = executor.submit(job)
-        bar = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, **({} if progress else {"disable": True}))
-        try:
-            with bar:
-                shown = None
-                while not handle.done():
-                    said = f"job {number} of {len(jobs)}: {_last_line(_end_of(handle.paths.stderr)) or job}"
-                    if said != shown:
-                        bar.set_description_str(said)
-                        shown = said
-                    time.sleep(0.2)
-            failure = handle.exception()
-        except KeyboardInterrupt:
+    waiting, live, shown = deque(enumerate(jobs, 1)), {}, {}
+    switch = {} if progress else {"disable": True}
+    bars = [
+        tqdm(bar_format="{desc}", position=slot, leave=False, dynamic_ncols=True, **switch)
+        for slot in range(min(at_once, len(jobs)))
+    ]
+    try:
+        while waiting or live:
+            for slot in range(len(bars)):
+                if waiting and slot not in live:
+                    number, job = waiting.popleft()
+                    threads, dealt = share(slot, len(bars), job.tasks, gpus)
+                    live[slot] = number, job, executor.submit(replace(job, threads=threads, gpus=dealt))
+            time.sleep(0.2)
+            for slot, (number, job, handle) in list(live.items()):
+                ended = handle.done()
+                line = _last_line(_end_of(handle.paths.stderr)) or job
+                said = "" if ended else f"job {number} of {len(jobs)}: {line}"
+                if said != shown.get(slot):
+                    bars[slot].set_description_str(said)
+                    shown[slot] = said
+                if ended:
+                    del live[slot]
+                    failure = handle.exception()
+                    line = failure and (_last_line(_end_of(handle.paths.stderr)) or _last_line(str(failure)))
+                    yield job, handle, line
+    finally:
+        for _, _, handle in live.values():
             handle.cancel()
-            raise
-        yield job, handle, failure and (_last_line(_end_of(handle.paths.stderr)) or _last_line(str(failure)))
+        for bar in bars:
+            bar.close()
 
 
 def _end_of(path: Path, length: int = 2000) -> str:

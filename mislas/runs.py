@@ -374,7 +374,8 @@ def provenance(data: Dataset | ListDataset, options: Options, seconds: float) ->
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name, as records have it, and how many processes train together."""
+    """The GPU's or the processor's name, as records have it, with the cores that this process computes on, and how many
+    processes train together."""
     together = f"{distributed.world()} x " if distributed.world() > 1 else ""
     if device.type == "cuda":
         return together + torch.cuda.get_device_name(device)
@@ -383,7 +384,8 @@ def device_name(device: torch.device) -> str:
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
-    return f"{together}{name} (CPU, {os.cpu_count()} cores)"
+    cores, used = os.cpu_count(), torch.get_num_threads()
+    return f"{together}{name} (CPU, {cores if used == cores else f'{used} of {cores}'} cores)"
 
 
 def _commit() -> str:

@@ -2,12 +2,14 @@
 
 import pickle
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from mislas import cluster
 from mislas.cli import main
-from mislas.cluster import ClusterJob, Resources, cluster_jobs, independent
+from mislas.cluster import ClusterJob, Resources, cluster_jobs, independent, share
 from mislas.errors import DataError, MislasError
 from mislas.methods import configure
 from mislas.runs import Store
@@ -95,6 +97,58 @@ def test_two_jobs_run_here_and_fill_the_store(tmp_path, capsys):
     assert "3 of 3 runs are in the store; jobs to do: 0" in capsys.readouterr().out
 
 
+def test_jobs_that_run_here_at_once_divide_the_threads(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cluster.torch, "get_num_threads", lambda: 6)
+    asked = ["--method", "ce", "--seed", 0, 1, 2, "--local", "--at-once", 2]
+    assert submit(*asked, root=tmp_path) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("is done") == 3
+    records = list(Store(tmp_path / "results"))
+    assert [record.config.seed for record in records] == [0, 1, 2]
+    assert [record.provenance["threads"] for record in records] == [3, 3, 3]
+
+
+def test_jobs_that_are_left_before_they_end_are_stopped():
+    given, stopped = [], []
+
+    def start(job):
+        given.append(job.configs)
+        return SimpleNamespace(
+            done=lambda: job.configs == jobs[0].configs,
+            exception=lambda: None,
+            cancel=lambda: stopped.append(job.configs),
+            paths=SimpleNamespace(stderr=Path("nothing")),
+        )
+
+    jobs = [ClusterJob((digits("ce", seed),), Path(), None, Options()) for seed in range(3)]
+    ended = cluster.run_here(jobs, SimpleNamespace(submit=start), progress=False, at_once=2)
+    assert next(ended)[0] is jobs[0]
+    ended.close()
+    assert given == [job.configs for job in jobs[:2]]
+    assert stopped == given[1:]
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus", "dealt"),
+    [
+        ("0,1,2,3", 1, ["0", "1", "2"]),
+        ("0,1,2,3", 2, ["0,1", "2,3", "0,1"]),
+        ("4,7", 1, ["4", "7", "4"]),
+        ("GPU-ab", 2, ["GPU-ab"] * 3),
+        ("0,1", 0, [None] * 3),
+        ("", 1, [None] * 3),
+    ],
+)
+def test_gpus_are_dealt_out_to_jobs_that_run_at_once(visible, gpus, dealt, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [share(slot, 3, max(1, gpus), gpus)[1] for slot in range(3)] == dealt
+
+
+@pytest.mark.parametrize(("at_once", "tasks", "threads"), [(1, 1, None), (2, 1, 4), (3, 1, 2), (2, 2, 2), (9, 1, 1)])
+def test_threads_are_divided_evenly_among_processes(at_once, tasks, threads, monkeypatch):
+    monkeypatch.setattr(cluster.torch, "get_num_threads", lambda: 8)
+    assert share(0, at_once, tasks, 0)[0] == threads
+
+
 def test_the_processes_of_a_job_train_together(tmp_path, capsys):
     assert submit("--method", "ce", "--gpus", 2, "--local", root=tmp_path) == 0, capsys.readouterr().err
     record = Store(tmp_path / "results").get(digits("ce"))
@@ -159,6 +213,8 @@ def test_a_dry_run_prints_the_jobs_and_needs_no_cluster(tmp_path, capsys, monkey
         (["--eval-every", "0"], "--eval-every must be at least 1"),
         (["--workers", "-1"], "--workers must be at least 0"),
         (["--gpus", "2", "--nodes", "2", "--local"], "--nodes must be 1"),
+        (["--at-once", "0", "--local"], "--at-once must be at least 1"),
+        (["--at-once", "2"], "--at-once is for --local"),
         ([], "there is no Slurm here (no srun on the PATH); --local runs the jobs on this machine"),
     ],
 )

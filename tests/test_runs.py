@@ -166,6 +166,13 @@ def test_a_record_says_where_its_numbers_come_from(full, digits):
     assert {"commit", "mislas", "python", "threads", "compile"} <= source.keys()
 
 
+@pytest.mark.parametrize(("used", "said"), [(4, "(CPU, 4 cores)"), (1, "(CPU, 1 of 4 cores)")])
+def test_a_processor_is_named_with_the_cores_that_are_used(used, said, monkeypatch):
+    monkeypatch.setattr(runs.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(runs.torch, "get_num_threads", lambda: used)
+    assert runs.device_name(torch.device("cpu")).endswith(said)
+
+
 def test_a_record_is_json_with_the_configuration_identity_and_history(full):
     content = json.loads(full.get(LWS).path.read_text())
     assert content["id"] == LWS.id

@@ -7,6 +7,7 @@ Stage-1:
 - bare: ours without data: the same forward, backward and step, over and over on one resident batch.
 - roofline: that step's arithmetic and memory traffic at the rates that this device reaches for each alone.
 - together: several models like ours at once (never compiled).
+- at once: as many processes as this one has threads, each doing what bare does, on one thread (only on a CPU).
 
 Stage-2:
 
@@ -23,10 +24,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import torch
@@ -145,6 +149,27 @@ def bare(data: Dataset, options: Options) -> Callable[[], float]:
     return epoch
 
 
+def start_beside(images: int, options: Options, barrier: Barrier) -> None:
+    """What each of the processes that compute at once begins with."""
+    global beside
+    torch.set_num_threads(1)
+    beside = barrier, bare(random_data(images), options)
+    beside[1]()  # warms up, and compiles
+
+
+def epoch_beside(_: int) -> float:
+    barrier, epoch = beside
+    barrier.wait()  # each process takes one epoch, and all begin together
+    return epoch()
+
+
+def at_once(processes: int, data: Dataset, options: Options) -> Callable[[], float]:
+    context = multiprocessing.get_context("spawn")
+    arguments = len(data.train_targets), options, context.Barrier(processes)
+    pool = ProcessPoolExecutor(processes, context, start_beside, arguments)
+    return lambda: max(pool.map(epoch_beside, range(processes))) / processes
+
+
 def roofline(data: Dataset, options: Options) -> Callable[[], float]:
     step = bare_step(replace(options, compile=False))
     step()  # the optimiser's state is made in the first one
@@ -160,7 +185,8 @@ RATIOS = [  # name, the time above, the time below
     ("ours against the usual loop", "usual", "ours"),
     ("ours against bare computation", "bare", "ours"),
     ("ours against the roofline", "roofline", "ours"),
-    ("{} models together against one after another", "ours", "together"),
+    ("{together} models together against one after another", "ours", "together"),
+    ("{threads} processes at once, a thread each, against one of {threads} threads", "bare", "at once"),
     ("the grid of 21 against one run, cost", "grid", "one head"),
 ]
 
@@ -187,7 +213,11 @@ def main() -> None:
         "one head": stage2(grid[-1:], data, options),
         "grid": stage2(grid, data, options),
     }
-    loops["usual"](), loops["bare"]()
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and threads > 1:
+        loops["at once"] = at_once(threads, data, options)
+    for name in loops.keys() & {"usual", "bare", "at once"}:  # the others leave out their first epoch
+        loops[name]()
     seconds = {name: [] for name in loops}
     for _ in range(arguments.repeats):
         for name, epoch in loops.items():
@@ -195,15 +225,18 @@ def main() -> None:
     found = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "compile": options.compile,
         "date": datetime.date.today().isoformat(),
         "images": len(data.train_targets),
         "repeats": arguments.repeats,
         "images_per_second": {name: spread([len(data.train_targets) / s for s in seconds[name]]) for name in loops},
         "ratios": {
-            name.format(arguments.together): spread([a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)])
+            name.format(together=arguments.together, threads=threads): spread(
+                [a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)]
+            )
             for name, top, bottom in RATIOS
+            if bottom in loops
         },
     }
     print("{device}, torch {torch}, {threads} threads, compile={compile}".format(**found))

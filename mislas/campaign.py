@@ -167,7 +167,7 @@ def estimate(planned: Sequence[Job], rates: dict[str, Rates]) -> str:
         told = [cost for cost in seconds if cost is not None]
         if told:
             about = "about" if len(told) == len(seconds) else "more than"
-            costs.append(f"{about} {sum(told) / 3600:.1f} h ({device})")
+            costs.append(f"{about} {sum(told) / 3600:.1f} h on {device}")
     return "; ".join(costs)
 
 

@@ -102,8 +102,8 @@ def test_what_it_takes_counts_stage_1_once(stored):
 def test_hours_are_for_devices_with_rates_and_say_when_some_are_unknown():
     config = configure("imagenet-lt", "ce")
     planned, rates = [Job([config], 7_200_000), Job([config], 3_600_000)], {"fast": {_kind(config): 1000.0}}
-    assert estimate(planned, rates | {"other": {}}) == "about 3.0 h (fast)"
-    assert estimate([*planned, Job([configure("imagenet-lt", "crt")], 1)], rates) == "more than 3.0 h (fast)"
+    assert estimate(planned, rates | {"other": {}}) == "about 3.0 h on fast"
+    assert estimate([*planned, Job([configure("imagenet-lt", "crt")], 1)], rates) == "more than 3.0 h on fast"
     assert estimate(planned, {}) == ""
 
 

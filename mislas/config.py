@@ -189,6 +189,7 @@ class Memory:
             classifier's.
         centroid_weight: what the centroid loss is multiplied by, >= 0.
         backbone_lr: learning rate of the backbone as a ratio of ``lr``, > 0; None freezes it.
+        attention: whether a backbone that trains on gets a last block of modulated attention.
     """
 
     epochs: int
@@ -197,6 +198,7 @@ class Memory:
     weight_decay: float
     centroid_weight: float
     backbone_lr: float | None = None
+    attention: bool = False
     schedule: str = "multistep"
     momentum: float = 0.9
     sampler: str = "class_cyclic"
@@ -413,6 +415,8 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
             after["mix"] = None
         if after["mix"] != "remix" and not new.keys() & {"remix_kappa", "remix_tau"}:
             after |= {"remix_kappa": None, "remix_tau": None}
+    if isinstance(stage, Memory) and after["backbone_lr"] is None and "attention" not in new:
+        after["attention"] = False
     if isinstance(stage, Stage1 | Stage2):
         spec = LOSSES.get(after["loss"])
         idle = _LOSS_SETTINGS - {*spec.settings, *spec.optional} if spec else set()
@@ -536,6 +540,8 @@ def _check_memory(stage: Memory) -> None:
         raise MislasError(f"stage2.centroid_weight must be >= 0, got {stage.centroid_weight!r}")
     if stage.backbone_lr is not None and not stage.backbone_lr > 0:
         raise MislasError(f"stage2.backbone_lr must be > 0, or null to freeze the backbone, got {stage.backbone_lr!r}")
+    if stage.attention and stage.backbone_lr is None:
+        raise MislasError("stage2.attention is learned with the backbone: set stage2.backbone_lr, or attention=false")
 
 
 def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:

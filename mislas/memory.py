@@ -1,16 +1,17 @@
 """OLTR (Liu et al., 2019): a memory of class centroids enriches the features of an image before it is classified.
 
-Forms and constants are those of the authors' code (stage 2 of ImageNet-LT). Its modulated attention is left out: it
-works on the feature map inside the backbone, and ours ends in features.
+Forms and constants are those of the authors' code (stage 2 of ImageNet-LT).
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adjust import nearest_class_mean
@@ -19,10 +20,45 @@ from .data import Dataset
 from .evaluate import predict
 from .lists import ListDataset
 from .losses import cross_entropy
-from .models import CosineClassifier, freeze_but_last_block, init_kaiming
+from .models import CifarResNet, CosineClassifier, freeze_but_last_block, init_kaiming
 from .train import Options, Trained, _loop, alone, batches_of, forward, plain_images, torch_rng, training_part
 
 CENTROID_LR = 0.1  # the centroids' learning rate, as a ratio of the classifier's
+
+
+class ModulatedAttention(nn.Module):
+    r"""Modulated attention, the last block of a backbone (their section 3): ``f + where(f) * seen(f)``, on a map
+    ``(B, C, side, side)`` to one of the same shape.
+
+    ``seen`` is self-attention: ``U sum_j softmax_j(q_i . k_j) v_j`` at place i, with q, k, v and U linear in the
+    channels, C / 2 of them in between. ``where`` spreads a weight of 1 over an image's places: the softmax of a linear
+    function of the whole map. U starts at zero, so the block starts as the identity.
+
+    Args:
+        channels: C, even.
+        side: of the map, in places.
+        generator: randomness of the other weights.
+    """
+
+    def __init__(self, channels: int, side: int, generator: torch.Generator | None = None):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Conv2d(channels, channels // 2, 1) for _ in range(3))
+        self.back = nn.Conv2d(channels // 2, channels, 1, bias=False)
+        self.where = nn.Linear(channels * side**2, side**2)
+        init_kaiming(self, generator)
+        nn.init.zeros_(self.back.weight)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        query, key, value = (layer(maps).flatten(2).mT for layer in (self.query, self.key, self.value))
+        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0).mT.unflatten(2, maps.shape[2:])
+        where = self.where(maps.flatten(1)).softmax(dim=1).unflatten(1, (1, *maps.shape[2:]))
+        return maps + where.to(maps.dtype) * self.back(seen)
+
+
+def attend(network: nn.Module, size: int, generator: torch.Generator | None = None) -> None:
+    """Give a backbone for images of ``size`` pixels a side :class:`ModulatedAttention` as its last block, in place."""
+    last, stride = (network.blocks, 4) if isinstance(network, CifarResNet) else (network.layer4, 32)
+    last.append(ModulatedAttention(network.num_features, math.ceil(size / stride), generator))
 
 
 class MetaEmbedding(nn.Module):
@@ -107,16 +143,19 @@ def train_memory(
 
     Args:
         config: its ``stage2`` is a Memory.
-        stage1: the trained backbone, changed in place if it trains on, of a pretrained one its last block alone; and
-            its linear classifier.
+        stage1: the trained backbone, changed in place if it trains on, of a pretrained one its last block alone, and by
+            attention; and its linear classifier.
     """
     stage, device = config.stage2, options.torch_device()
     data = training_part(config, data)
     network, classifier = stage1
     trains = stage.backbone_lr is not None
-    network.to(device, memory_format=torch.channels_last).requires_grad_(trains)
+    network.requires_grad_(trains)
     if trains and config.stage1.weights is not None:
         freeze_but_last_block(network)
+    if stage.attention:
+        attend(network, data.spec.size, torch_rng(config.seed, "stage2 attention"))
+    network.to(device, memory_format=torch.channels_last)
     plain = plain_images(data, options, torch.arange(len(data.train_targets)))
     means = nearest_class_mean(predict(network, [nn.Identity()], plain)[0], data.train_targets, data.num_classes).weight
     head = MetaEmbedding(classifier, means.detach(), generator=torch_rng(config.seed, "stage2 head")).to(device)

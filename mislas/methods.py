@@ -137,7 +137,7 @@ DRS = dict(deferred_sampler="class_balanced", defer=0.8)
 LDAM = dict(loss="ldam", max_margin=0.5, scale=30.0)
 REMIX = dict(mix="remix", remix_kappa=3.0, remix_tau=0.5)
 HOLDOUT = dict(holdout=0.1)
-OLTR = dict(centroid_weight=0.01, backbone_lr=0.1)
+OLTR = dict(centroid_weight=0.01, backbone_lr=0.1, attention=True)
 GENERALISED = dict(a=1, learn_scale=True, delta="zeros")  # equation (4); delta_lr is the dataset's
 LAS = dict(loss="las", form="concave", smoothing_over="others")
 
@@ -284,10 +284,11 @@ MEMORY: dict[str, Method] = {
         r"\gamma \cos(\Phi \bar x_i, \kappa_b)",
         stage1=dict(scale=10.0), stage2=dict(shots=5),
     ),
-    # As the authors' code for ImageNet-LT, but as long as Stage-1, and without modulated attention: see mislas.memory.
+    # As the authors' code for ImageNet-LT, but as long as Stage-1: see mislas.memory.
     "oltr": Method(
-        "OLTR", "Enrich features from a memory of class centroids, and train on with balanced classes.",
+        "OLTR", "Enrich attended features from a memory of class centroids, and train on with balanced classes.",
         LIU, (4, 8),
+        r"x = \mathrm{mean} \big( f + \mathrm{MA}(f) \odot \mathrm{SA}(f) \big), \quad "
         r"v = \tfrac{10}{\gamma} \big( x + \tanh(T x) \odot \sum_i o_i c_i \big), \; o = \mathrm{softmax}(H x), \; "
         r"\gamma = \min_i \lVert x - c_i \rVert, \quad z_k = 16 \, \tfrac{\lVert v \rVert}{1 + \lVert v \rVert} "
         r"\cos(w_k, v), \quad l = -\log p_y + 0.01 \, l_{\mathrm{centroids}}",

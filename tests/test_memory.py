@@ -12,8 +12,9 @@ from torch import nn
 from mislas.augment import Images
 from mislas.data import load
 from mislas.evaluate import predict
-from mislas.memory import MetaEmbedding, squared_distances, train_memory
+from mislas.memory import MetaEmbedding, ModulatedAttention, attend, squared_distances, train_memory
 from mislas.methods import configure
+from mislas.models import backbone
 from mislas.runs import Store, run
 from mislas.train import Options, train_stage1
 
@@ -116,6 +117,51 @@ def test_centroids_have_a_rate_of_their_own(head):
     assert len(rest["params"]) == 5
 
 
+# --------------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.fixture
+def attention():
+    """On maps of four channels and 3 x 3 places."""
+    attention = ModulatedAttention(4, 3, torch.Generator().manual_seed(0)).double()
+    for parameter in attention.parameters():  # biases, too, and what starts at zero
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(parameter.numel()))
+    return attention
+
+
+def test_attention_is_its_equation_place_by_place(attention):
+    maps = np.random.default_rng(0).standard_normal((2, 4, 3, 3))
+    p = {name: value.detach().numpy() for name, value in attention.named_parameters()}
+    expected = maps.copy()
+    for image, out in zip(maps, expected, strict=True):
+        places = image.reshape(4, 9).T
+        query, key, value = (
+            [p[f"{name}.weight"][:, :, 0, 0] @ place + p[f"{name}.bias"] for place in places]
+            for name in ("query", "key", "value")
+        )
+        where = np.exp(p["where.weight"] @ image.ravel() + p["where.bias"])
+        for i in range(9):
+            looks = np.exp([query[i] @ k for k in key])
+            seen = sum(a * v for a, v in zip(looks / looks.sum(), value, strict=True))
+            out[:, i // 3, i % 3] += where[i] / where.sum() * (p["back.weight"][:, :, 0, 0] @ seen)
+    np.testing.assert_allclose(attention(torch.from_numpy(maps)).detach(), expected, rtol=1e-9)
+
+
+def test_attention_has_the_gradients_of_finite_differences(attention):
+    assert torch.autograd.gradcheck(attention, torch.randn(2, 4, 3, 3, dtype=torch.double, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("resnet8", 8), ("resnet8", 32), ("resnet8", 33), ("resnet10", 64), ("resnet10", 100)]
+)
+def test_a_backbone_with_attention_starts_as_the_backbone_that_it_was(name, size):
+    network, images = backbone(name).eval(), torch.randn(2, 3, size, size)
+    before = network(images)
+    attend(network, size)
+    assert any(isinstance(module, ModulatedAttention) for module in network.modules())
+    assert torch.equal(network(images), before)
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 
 
@@ -151,8 +197,11 @@ def test_it_learns_digits_with_a_backbone_that_trains_or_does_not(data, config, 
     config = config.override({"backbone_lr": backbone_lr})
     found = train_memory(config, copy.deepcopy(trained), data, options)
     before, after = trained[0].state_dict(), found.backbone.state_dict()
-    same = [torch.equal(value, before[name]) for name, value in after.items()]
+    same = [torch.equal(value, after[name]) for name, value in before.items()]
     assert all(same) if backbone_lr is None else not any(same)
+    new = {name.split(".")[-2] for name in after.keys() - before.keys()}
+    assert new == (set() if backbone_lr is None else {"query", "key", "value", "back", "where"})
+    assert backbone_lr is None or found.backbone.blocks[-1].back.weight.any()
     test = Images(data.test_images, data.spec.mean, data.spec.std, padding=0)
     (logits,) = predict(found.backbone, found.heads, test)
     assert (logits.argmax(1) == data.test_targets).double().mean() > 0.6

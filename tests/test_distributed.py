@@ -211,7 +211,8 @@ def same(config, one, two):
         for name in ("accuracy", "ece", "nll", "brier", "confidence"):
             assert b.metrics[name] == pytest.approx(a.metrics[name], abs=0.02)
         for name in ("weight_norm", "bn_first_mean", "bn_first_var", "bn_last_mean", "bn_last_var"):
-            np.testing.assert_allclose(b.arrays()[name], a.arrays()[name], rtol=0.02, atol=0.05)
+            x, y = a.arrays()[name], b.arrays()[name]  # as vectors: how rounding grows in an element depends on the CPU
+            assert np.linalg.norm(y - x) < 0.05 * np.linalg.norm(x), name
 
 
 def test_a_killed_process_is_started_again_and_the_run_is_that_of_one_process(one_process, tmp_path):

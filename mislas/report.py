@@ -8,13 +8,14 @@ open, and nothing of how another training would have come out; for that there ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from . import paper
 from .campaign import estimate, images_per_second, jobs, wanted
 from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
@@ -50,6 +51,11 @@ class Comparison:
     expected: str
     new: Side
     old: Side
+
+    def at(self, imbalance: float) -> Comparison:
+        """The same at another imbalance factor; a side that is balanced stays so."""
+        sides = [side if side.imbalance == 1 else replace(side, imbalance=imbalance) for side in (self.new, self.old)]
+        return replace(self, new=sides[0], old=sides[1])
 
 
 @dataclass(frozen=True)
@@ -210,33 +216,40 @@ def verdict(expected: str, low: float, high: float) -> str:
 
 
 NOT_MEASURED = "not measured"
+NAMES = {"ece": "ECE"}
+
+
+def _sides(study: Study, dataset: str, c: Comparison) -> list[list[Record]]:
+    return [study.runs(dataset, side.method, side.imbalance, side.changes) for side in (c.new, c.old)]
+
+
+def _provenance(study: Study, shown: Sequence[Record]) -> str:
+    return study.provenance(list({record.config.id: record for record in shown}.values()))
 
 
 def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     """A claim's comparisons on one dataset: effect, interval, seeds, verdict; and how to measure what is missing."""
     rows, shown, commands = [], [], []
     for c in claim.comparisons:
-        sides = [study.runs(dataset, side.method, side.imbalance, side.changes) for side in (c.new, c.old)]
+        sides = _sides(study, dataset, c)
         for side, records in zip((c.new, c.old), sides, strict=True):
             if not records:
                 commands.append(study.command(dataset, [side.method], side.imbalance, side.changes))
         new, old = paired(*sides)
         says = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
-        name = "ECE" if c.measure == "ece" else c.measure
         if new:
             shown += new + old
             middle, low, high = effect(new, old, c.measure)
             cells = [f"{middle:+.1f}", f"{low:+.1f} to {high:+.1f}", str(len(new)), verdict(c.expected, low, high)]
         else:
             cells = [DASH, DASH, "0", "no common data and seed" if all(sides) else NOT_MEASURED]
-        rows.append([c.title, name, says, *cells])
+        rows.append([c.title, NAMES.get(c.measure, c.measure), says, *cells])
     frame = pd.DataFrame(rows, columns=["", "measure", "claimed", study.kind, "95% interval", "seeds", "verdict"])
     frame = frame.set_index("")
     frame.index.name = None
     notes = [f"Not measured: `{command}`" for command in dict.fromkeys(commands)]
-    unique = {record.config.id: record for record in shown}
     caption = f"{claim.name}, {study.title(dataset)}, IF 100: differences in points, bootstrap over the test images."
-    return Table(frame, caption, [*notes, study.provenance(list(unique.values()))])
+    return Table(frame, caption, [*notes, _provenance(study, shown)])
 
 
 def summary(study: Study, dataset: str) -> Table:
@@ -249,6 +262,32 @@ def summary(study: Study, dataset: str) -> Table:
         rows[f"{claim.name}: {claim.text}"] = [*counts, len(found) - sum(counts)]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=kinds)
     return Table(frame, f"Comparisons per claim, {study.title(dataset)}, IF 100 ({study.kind}).")
+
+
+MARKS = {"supports": "✓", "contradicts": "✗", "leaves open": "?"}
+
+
+def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
+    """Comparisons at several imbalance factors: effects in points, and each verdict as one of :data:`MARKS`.
+
+    A comparison that is measured at none but the first factor is left out: :func:`claim_table` has it.
+    """
+    rows, shown = {}, []
+    for claim in CLAIMS:
+        for c in claim.comparisons:
+            cells, used = [], []
+            for imbalance in imbalances:
+                new, old = paired(*_sides(study, dataset, c.at(imbalance)))
+                middle, low, high = effect(new, old, c.measure) if new else (0.0, 0.0, 0.0)
+                cells.append(f"{middle:+.1f} {MARKS[verdict(c.expected, low, high)]}" if new else DASH)
+                used += new + old
+            if any(cell != DASH for cell in cells[1:]):
+                rows[f"{claim.name}, {c.title}: {NAMES.get(c.measure, c.measure)}"] = cells
+                shown += used
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
+    legend = ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items())
+    caption = f"Effects in points at each imbalance factor, {study.title(dataset)} ({study.kind}): {legend}."
+    return Table(frame, caption, [_provenance(study, shown)])
 
 
 # ------------------------------------------------------------------------------------------------------------- gaps

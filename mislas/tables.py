@@ -160,15 +160,23 @@ def compare(
     return _table(study, frame, caption, notes, shown, beside)
 
 
-def table3(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
-    """Table 3 for one dataset, with cRT and LWS without mixup added."""
+#: Table 3's rows, with cRT and LWS without mixup added.
+TABLE3_ROWS = ("ce", "mixup", "ldam+drw", "bbn", "remix+drw", "crt", "lws", "crt+mixup", "lws+mixup", "mislas")
+
+
+def table3(
+    study: Study,
+    dataset: str,
+    imbalances: Sequence[float] = paper.IMBALANCES,
+    methods: Sequence[str] = TABLE3_ROWS,
+) -> Table:
+    """Table 3 for one dataset: :data:`TABLE3_ROWS`, or some of them."""
     numbers = paper.TABLE3[dataset]
 
     def published(method: str, imbalance: float) -> float | None:
         return numbers[method][paper.IMBALANCES.index(imbalance)] if method in numbers else None
 
-    order = ["ce", "mixup", "ldam+drw", "bbn", "remix+drw", "crt", "lws", "crt+mixup", "lws+mixup", "mislas"]
-    return compare(study, dataset, order, imbalances, published, paper.TITLES)
+    return compare(study, dataset, methods, imbalances, published, paper.TITLES)
 
 
 def table2(
@@ -830,25 +838,6 @@ def distance(study: Study, dataset: str, imbalance: float = 100) -> Table:
             rows[paper.TITLES[method]] = [f"{published:.1f}", f"{ours:.1f}", f"{ours - published:+.1f}"]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["paper", "measured", "difference"])
     caption = f"Top-1 accuracy (%), {paper.DATASETS[dataset]}, IF {imbalance:g}: measured minus paper, in points."
-    return Table(frame, caption, [study.provenance(shown)])
-
-
-def readme_table(study: Study) -> Table:
-    """One screen for the README: CIFAR-10-LT at IF 100, the paper beside us."""
-    rows, shown = {}, []
-    for method in ("ce", "mixup", "crt", "lws", "crt+mixup", "lws+mixup", "mislas"):
-        records = study.runs("cifar10", method, 100)
-        shown += records
-        published = paper.TABLE3["cifar10"].get(method)
-        rows[METHODS[method].title] = [
-            f"{published[0]:.1f}" if published else DASH,
-            percent([r.metrics["accuracy"] for r in records]) if records else "not measured",
-            percent([r.metrics["ece"] for r in records]) if records else DASH,
-            percent([r.metrics["nll"] / 100 for r in records], 2) if records else DASH,
-        ]
-    columns = ["accuracy, paper", "accuracy, measured", "ECE, measured", "NLL, measured"]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    caption = "Top-1 accuracy and ECE (%), NLL (nats); ResNet-32, CIFAR-10-LT, imbalance factor 100."
     return Table(frame, caption, [study.provenance(shown)])
 
 

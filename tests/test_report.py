@@ -9,7 +9,7 @@ from scipy.stats import bootstrap, norm
 from torchmetrics.functional.classification import binary_calibration_error
 
 from mislas.methods import configure
-from mislas.report import CLAIMS, claim_table, effect, gaps, summary, verdict
+from mislas.report import CLAIMS, across, claim_table, effect, gaps, summary, verdict
 from mislas.runs import Store
 from mislas.study import Study
 
@@ -140,6 +140,21 @@ def test_the_summary_counts_every_comparison_once(store):
     table = summary(Study("stored", results_root=store.root), "cifar10")
     assert table.frame.sum(axis=1).tolist() == [len(claim.comparisons) for claim in CLAIMS]
     assert table.frame.iloc[5]["supports"] == 4  # against CE and mixup, in accuracy and ECE
+
+
+def test_other_imbalance_factors_stand_beside_the_first(store, tmp_path):
+    """Only what is measured at another factor; the balanced model is the same for all."""
+    study = Study("stored", results_root=tmp_path)
+    for imbalance, right, sure in ((100, 0.6, 0.9), (50, 0.7, 0.7), (1, 0.9, 0.95)):
+        put(study.store, configure("cifar10-jpeg", "ce", imbalance), right, sure, int(imbalance))
+    put(study.store, configure("cifar10-jpeg", "mixup", 100), 0.6, 0.9, 100)
+    frame = across(study, "cifar10").frame
+    assert list(frame.columns) == ["IF 100", "IF 50", "IF 10"]
+    assert frame.index.tolist() == [f"C1, CE: long-tailed against balanced: {m}" for m in ("over-confidence", "ECE")]
+    # 30 and 0 points too sure, against 5
+    assert [cell.split()[1] if " " in cell else cell for cell in frame.iloc[0]] == ["✓", "✗", "–"]
+    assert [float(cell.split()[0]) for cell in frame.iloc[0][:2]] == pytest.approx([25, -5], abs=3)
+    assert across(Study("stored", results_root=store.root), "cifar10").frame.empty
 
 
 def test_an_empty_store_leaves_every_claim_unmeasured(tmp_path):

@@ -1,6 +1,8 @@
 """Tables against cases worked by hand; runs are made up."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,3 +218,10 @@ def test_two_ways_show_what_their_files_have_and_leave_out_single_runs(tmp_path)
     (note,) = table.notes
     assert "data abc; seeds 0, 1; commit 0123456789; A device; 2026-01-02; last epoch." in note
     assert two_ways(tmp_path, "ours", "compressed").caption == "Not measured yet."
+
+
+def test_the_readme_quotes_the_store():
+    """``make readme`` would change nothing."""
+    root = Path(__file__).parents[1]
+    text = (root / "README.md").read_text()
+    assert runpy.run_path(str(root / "book" / "readme.py"))["rewrite"](text) == text

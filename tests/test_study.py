@@ -117,7 +117,7 @@ def test_distance_is_measured_minus_paper(store, tmp_path):
     metrics = record.metrics | {"accuracy": 0.7140}
     Store(tmp_path).put(configure("cifar10-jpeg", "ce"), metrics, record.history, {}, record.provenance)
     table = distance(Study("stored", results_root=tmp_path), "cifar10")
-    assert table.frame.loc["CE"].tolist() == ["70.4", "71.4", "+1.0"]
+    assert table.frame.loc["CE"].tolist() == ["+1.0", "–", "–"]
     assert list(table.frame.index) == ["CE"]
 
 

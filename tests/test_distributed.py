@@ -215,10 +215,25 @@ def same(config, one, two):
             assert np.linalg.norm(y - x) < 0.05 * np.linalg.norm(x), name
 
 
-def test_a_killed_process_is_started_again_and_the_run_is_that_of_one_process(one_process, tmp_path):
-    config, one = one_process
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    store = Store(tmp_path_factory.mktemp("undisturbed"))
+    training = torchrun(store.root)
+    said, complained = training.communicate(timeout=240)
+    assert training.returncode == 0, complained
+    return said, store
+
+
+def test_a_run_started_by_torchrun_is_that_of_one_process(one_process, two_processes):
+    (config, one), (said, two) = one_process, two_processes
+    same(config, one, two)
+    assert said.count(config.id) == 1  # the first process alone reports
+
+
+def test_a_killed_process_is_started_again_and_changes_no_bit(one_process, two_processes, tmp_path):
+    (config, _), (_, undisturbed), store = one_process, two_processes, Store(tmp_path)
     training = torchrun(tmp_path, "--max-restarts", "1")
-    checkpoint = Store(tmp_path).checkpoint([config.stage1_only])
+    checkpoint = store.checkpoint([config.stage1_only])
     until = time.monotonic() + 240
     while not checkpoint.exists():
         assert training.poll() is None, training.stderr.read()
@@ -226,8 +241,12 @@ def test_a_killed_process_is_started_again_and_the_run_is_that_of_one_process(on
         time.sleep(0.05)
     children = subprocess.run(["pgrep", "-P", str(training.pid)], capture_output=True, text=True, check=True)
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    said, complained = training.communicate(timeout=240)
+    _, complained = training.communicate(timeout=240)
     assert training.returncode == 0, complained
-    same(config, one, Store(tmp_path))
+    for stage in (config.stage1_only, config):
+        a, b = undisturbed.get(stage), store.get(stage)
+        losses = ([row["train_loss"] for row in record.history] for record in (a, b))
+        np.testing.assert_array_equal(*losses)
+        for name, expected in a.arrays().items():
+            np.testing.assert_array_equal(b.arrays()[name], expected, err_msg=name)
     assert not list(tmp_path.glob("*/*.ckpt"))
-    assert said.count(config.id) == 1  # the first process alone reports

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import time
 import warnings
 from dataclasses import replace
@@ -21,7 +22,9 @@ from mislas.train import (
     Objective,
     Options,
     OutOfTime,
+    batches_of,
     draw_batches,
+    forward,
     host_rng,
     learning_rate_factor,
     round_to_half,
@@ -283,6 +286,33 @@ def test_a_metric_loss_of_weight_0_is_cross_entropy_alone_and_otherwise_it_count
     with_it = train_stage1(digits_config(method, epochs=1), digits, options)
     assert not torch.equal(with_it.backbone.conv.weight, without.backbone.conv.weight)
     assert with_it.histories[0][0]["train_loss"] > without.histories[0][0]["train_loss"]
+
+
+@pytest.mark.parametrize("from_scratch", [True, False])
+def test_bfloat16_gradients_point_where_float32_ones_do(digits, stage1, options, from_scratch):
+    """Rounding costs far less than what one batch's gradient differs from another's."""
+    network, head = stage1
+    if from_scratch:
+        network, head = stage1_model("resnet8", 10)
+        init_kaiming(network, torch_rng(0, "init"))
+        init_kaiming(head, torch_rng(0, "init"))
+    network.to(memory_format=torch.channels_last).train()
+
+    def gradient(precision, batch):
+        network.zero_grad()
+        features = forward(network, digits_config("ce", precision=precision), options)(batch)
+        F.cross_entropy(head(features), batch.targets).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+
+    def cosine(one, two):
+        return F.cosine_similarity(one, two, dim=0)
+
+    batches = batches_of(digits, digits_config("ce").stage1, "stage1", 0, options).epoch(0)
+    first, second = itertools.islice(batches, 2)
+    exact, rounded, other = gradient("fp32", first), gradient("bf16", first), gradient("fp32", second)
+    assert cosine(exact, rounded) > 0.98
+    assert 1 - cosine(exact, rounded) < 0.1 * (1 - cosine(exact, other))
+    assert rounded.norm() == pytest.approx(exact.norm().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("method", ONE_STAGE)

@@ -33,6 +33,10 @@ TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws
 OTHERS = ("ldam+drw", "bbn", "remix+drw")
 RULES = ("ncm", "ncm+mixup", "logit-adjustment")
 
+#: What open questions ask of other Stage-1s: a weight decay that the authors recommend, images held out.
+WEIGHT_DECAY = {"stage1.weight_decay": 5e-4, "stage2.weight_decay": 5e-4}
+HELD_OUT = ("temperature", "temperature+mixup")
+
 #: Table 1's last rows: mixup in Stage-2, too.
 STAGE2_MIXUP = {"stage2.mixup": 1.0}
 
@@ -54,10 +58,10 @@ def wanted(
 
     Table 3's rows at each imbalance factor; the balanced model; the grid and the forms of label-aware smoothing, the
     authors' variants and the controls of Table 1 and Figure 6 at the first imbalance factor; Table 3's other methods;
-    then the same for the next seed. Rules that are tuned on held-out images need a Stage-1 of their own and are left
-    to ``mislas train``. Of a dataset of list files it is what its tables and figures have, with their backbones; it has
-    one imbalance factor. Of Tiny-ImageNet at 64 pixels it is the same as of ImageNet-LT, at imbalance factor 100, after
-    Table 1's rows on :data:`mislas.study.SHORT`, and the balanced model.
+    what open questions ask at the first imbalance factor; then the same for the next seed. Of a dataset of list files
+    it is what its tables and figures have, with their backbones; it has one imbalance factor. Of Tiny-ImageNet at 64
+    pixels it is the same as of ImageNet-LT, at imbalance factor 100, after Table 1's rows on
+    :data:`mislas.study.SHORT`, and the balanced model.
     """
     large = dataset_name(dataset) in (*LISTS, "tinyimagenet64")
     imbalances = imbalances or ((None,) if large else (100, 50, 10))
@@ -78,6 +82,8 @@ def wanted(
         configs += [configure(dataset, method, first, seed, STAGE2_MIXUP) for method in ("crt+mixup", "lws+mixup")]
         configs += [configure(dataset, method, first, seed) for method in RULES]
         configs += [configure(dataset, method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
+        configs.append(configure(dataset, "mislas", first, seed, WEIGHT_DECAY))
+        configs += [configure(dataset, method, first, seed) for method in HELD_OUT]
     return list({config.id: config for config in configs}.values())
 
 

@@ -8,6 +8,7 @@ A run that is under way is a ``.ckpt`` beside them. A record is written last, so
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -15,6 +16,8 @@ import os
 import platform
 import re
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import nn
+from tqdm import tqdm
 
 from . import __version__, distributed
 from .adjust import adjust
@@ -39,7 +44,7 @@ from .lists import ListDataset
 from .memory import train_memory
 from .models import GeneralisedClassifier, find_weights, stage1_model
 from .together import check_together, side_by_side, train_together
-from .train import Options, Trained, plain_images, stage1_run, train_stage1, train_stage2
+from .train import Options, OutOfTime, Trained, plain_images, stage1_run, train_stage1, train_stage2
 
 if TYPE_CHECKING:
     from .pipeline import ImageBatches
@@ -210,9 +215,9 @@ def run(
     """Get runs from the store, training first what is not there.
 
     Stage-1 is trained once for all runs that share it, and Stage-2 runs that can share a pass through the backbone do.
-    A run that was killed goes on from its checkpoint. Stage-1 runs of small networks train side by side if
-    ``options.together`` says so. Where several processes train together each of them calls this, and all must see the
-    store and the data; the first of them writes.
+    A run that was killed goes on from its checkpoint. What another process trains into the store just now is waited
+    for. Stage-1 runs of small networks train side by side if ``options.together`` says so. Where several processes
+    train together each of them calls this, and all must see the store and the data; the first of them writes.
 
     Returns:
         One record per configuration, in order.
@@ -222,19 +227,23 @@ def run(
     check_together(options, distributed.world())
     datasets: dict[tuple[str, float], Dataset | ListDataset] = {}
     for groups in distributed.agree(lambda: side_by_side(plan(configs, store), options.together)):
-        keys = list(dict.fromkeys((group[0].dataset, group[0].imbalance) for group in groups))
-        datasets = {key: data for key, data in datasets.items() if key in keys}  # no others are kept in memory
-        for name, imbalance in keys:
-            if (name, imbalance) not in datasets:
-                with distributed.first():
-                    datasets[name, imbalance] = load(name, data_root, imbalance, download=download)
-        first = groups[0][0]
-        if len(groups) > 1:
-            _run_together([config for (config,) in groups], datasets, store, options)
-            continue
-        weights = find_weights(first.stage1.weights, data_root) if _needs_weights(first) else None
-        _run_group(groups[0], datasets[first.dataset, first.imbalance], store, options, weights)
-        distributed.agree(None)  # nobody goes on before the first has written
+        with claimed(groups, store, options):
+            groups = distributed.agree(lambda groups=groups: [group for group in groups if not _done(group, store)])
+            if not groups:
+                continue
+            keys = list(dict.fromkeys((group[0].dataset, group[0].imbalance) for group in groups))
+            datasets = {key: data for key, data in datasets.items() if key in keys}  # no others are kept in memory
+            for name, imbalance in keys:
+                if (name, imbalance) not in datasets:
+                    with distributed.first():
+                        datasets[name, imbalance] = load(name, data_root, imbalance, download=download)
+            first = groups[0][0]
+            if len(groups) > 1:
+                _run_together([config for (config,) in groups], datasets, store, options)
+                continue
+            weights = find_weights(first.stage1.weights, data_root) if _needs_weights(first) else None
+            _run_group(groups[0], datasets[first.dataset, first.imbalance], store, options, weights)
+            distributed.agree(None)  # nobody goes on before the first has written
     return [store.get(config) for config in configs]
 
 
@@ -257,6 +266,48 @@ def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:
         for step in steps_to(config):
             groups.setdefault((step.stage2 is not None, step.shared_pass), {}).setdefault(step.id, step)
     return [list(group.values()) for group in groups.values()]
+
+
+def _done(group: Sequence[RunConfig], store: Store) -> bool:
+    """Whether all that training a group leaves in the store is there."""
+    return all(store.get(c) and (c.stage2 is not None or store.find(c, ".safetensors").exists()) for c in group)
+
+
+@contextlib.contextmanager
+def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Options) -> Iterator[None]:
+    """Keep these runs for this process; first wait for another that trains them into the same store.
+
+    A checkpoint has a lock beside it, which is free again when its process ends, however that ends. Processes that
+    train one run together take none: while one of them waits, the others would give it up.
+
+    Raises:
+        OutOfTime: the options' deadline comes first.
+    """
+    if distributed.world() > 1:
+        yield
+        return
+    paths = sorted(store.checkpoint(group).with_suffix(".lock") for group in groups)  # so nobody waits in a circle
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if options.progress:
+                    tqdm.write(f"another process trains {path.stem}: waiting for it", file=sys.stderr)
+                left = -1 if options.deadline is None else max(0, options.deadline - time.monotonic())
+                try:
+                    lock.acquire(timeout=left, poll_interval=0.5)
+                except Timeout:
+                    raise OutOfTime(f"another process still trains {path.stem}") from None
+            held.callback(lock.release)
+        try:
+            yield
+        finally:
+            for path in paths:
+                with contextlib.suppress(OSError):  # not every system removes what is open
+                    path.unlink()
 
 
 def _needs_weights(config: RunConfig) -> bool:

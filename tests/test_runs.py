@@ -1,11 +1,17 @@
 import json
 import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from sklearn.metrics import accuracy_score
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error
@@ -18,7 +24,7 @@ from mislas.evaluate import predict
 from mislas.methods import configure
 from mislas.models import backbone
 from mislas.runs import Store, finish, plan, run
-from mislas.train import Options, Trained
+from mislas.train import Options, OutOfTime, Trained
 
 QUICK = {"epochs": 3, "stage2.epochs": 2}
 OPTIONS = Options(device="cpu", progress=False)
@@ -101,6 +107,46 @@ def test_stage1_comes_before_what_builds_on_it():
         [config("mixup")],
         [config("mislas")],
     ]
+
+
+def test_what_another_process_trains_is_waited_for(full, tmp_path, calls, capfd):
+    """It holds the lock, and leaves its runs behind as it lets go."""
+    store = Store(tmp_path)
+    lock = FileLock(store.checkpoint([CE]).with_suffix(".lock"))
+    Path(lock.lock_file).parent.mkdir()
+    with ThreadPoolExecutor() as pool:
+        with lock:
+            waiting = pool.submit(run, CE, store, options=replace(OPTIONS, progress=True))
+            said = ""
+            while "another process trains" not in said:
+                assert not waiting.done(), waiting.result()
+                said += capfd.readouterr().err
+            for suffix in (".npz", ".safetensors", ".json"):
+                shutil.copy(full.find(CE, suffix), store.path(CE, suffix))
+        (record,) = waiting.result()
+    assert record.provenance == full.get(CE).provenance
+    assert calls == []
+    assert not list(tmp_path.glob("*/*.lock"))
+
+
+def test_waiting_for_another_process_ends_at_the_deadline(tmp_path):
+    store = Store(tmp_path)
+    path = store.checkpoint([CE]).with_suffix(".lock")
+    path.parent.mkdir()
+    with FileLock(path), pytest.raises(OutOfTime, match="another process still trains ce-s0"):
+        run(CE, store, options=replace(OPTIONS, deadline=time.monotonic() + 0.1))
+
+
+def test_a_lock_that_a_killed_process_left_is_free(tmp_path, calls):
+    store = Store(tmp_path)
+    path = store.checkpoint([CE]).with_suffix(".lock")
+    code = "import sys, filelock, os; filelock.FileLock(sys.argv[1]).acquire(); os.kill(os.getpid(), 9)"
+    path.parent.mkdir()
+    assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9
+    assert path.exists()
+    run(CE, store, options=OPTIONS)
+    assert calls == [("stage1", ["ce"])]
+    assert not path.exists()
 
 
 def test_stage1_is_trained_again_where_only_its_weights_are_missing(store, calls):

@@ -7,6 +7,7 @@ open, and nothing of how another training would have come out; for that there ar
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -200,6 +201,12 @@ def effect(
     return float(difference[0]), float(low), float(high)
 
 
+def over_seeds(new: Sequence[Record], old: Sequence[Record], measure: str) -> str:
+    """The effect in points as text: with several seeds the mean ± the standard deviation (n - 1) of theirs."""
+    each = [effect([one], [other], measure)[0] for one, other in zip(new, old, strict=True)]
+    return f"{statistics.mean(each):+.1f}" + (f" ± {statistics.stdev(each):.1f}" if len(each) > 1 else "")
+
+
 def verdict(expected: str, low: float, high: float) -> str:
     """What an interval says of a claim: ``"supports"``, ``"contradicts"`` or ``"leaves open"``.
 
@@ -239,8 +246,13 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
         says = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
         if new:
             shown += new + old
-            middle, low, high = effect(new, old, c.measure)
-            cells = [f"{middle:+.1f}", f"{low:+.1f} to {high:+.1f}", str(len(new)), verdict(c.expected, low, high)]
+            _, low, high = effect(new, old, c.measure)
+            cells = [
+                over_seeds(new, old, c.measure),
+                f"{low:+.1f} to {high:+.1f}",
+                str(len(new)),
+                verdict(c.expected, low, high),
+            ]
         else:
             cells = [DASH, DASH, "0", "no common data and seed" if all(sides) else NOT_MEASURED]
         rows.append([c.title, NAMES.get(c.measure, c.measure), says, *cells])
@@ -278,8 +290,11 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
             cells, used = [], []
             for imbalance in imbalances:
                 new, old = paired(*_sides(study, dataset, c.at(imbalance)))
-                middle, low, high = effect(new, old, c.measure) if new else (0.0, 0.0, 0.0)
-                cells.append(f"{middle:+.1f} {MARKS[verdict(c.expected, low, high)]}" if new else DASH)
+                if new:
+                    _, low, high = effect(new, old, c.measure)
+                    cells.append(f"{over_seeds(new, old, c.measure)} {MARKS[verdict(c.expected, low, high)]}")
+                else:
+                    cells.append(DASH)
                 used += new + old
             if any(cell != DASH for cell in cells[1:]):
                 rows[f"{claim.name}, {c.title}: {NAMES.get(c.measure, c.measure)}"] = cells

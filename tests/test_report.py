@@ -93,6 +93,17 @@ def test_seeds_are_averaged_and_narrow_the_interval(tmp_path):
     assert four[2] - four[1] < 0.7 * (one[2] - one[1])
 
 
+def test_several_seeds_show_their_spread(tmp_path):
+    store, gains = Store(tmp_path), []
+    for seed, accuracy in enumerate((0.7, 0.75, 0.72)):
+        old = put(store, configure("cifar10-jpeg", "ce", seed=seed), 0.6, 0.9, 2 * seed)
+        new = put(store, configure("cifar10-jpeg", "mixup", seed=seed), accuracy, 0.9, 2 * seed + 1)
+        gains.append(100 * (new.metrics["accuracy"] - old.metrics["accuracy"]))
+    table = claim_table(Study("stored", results_root=tmp_path), "cifar10", CLAIMS[1])
+    assert table.frame.iloc[0]["measured"] == f"{np.mean(gains):+.1f} ± {np.std(gains, ddof=1):.1f}"
+    assert table.frame.iloc[0]["seeds"] == "3"
+
+
 def test_a_run_against_itself_has_no_effect(store):
     (ce,) = records(store, "ce")
     for measure in ("accuracy", "ece", "over-confidence"):

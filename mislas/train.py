@@ -516,8 +516,11 @@ def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable
     changed in place to take statistics over all of them.
     """
     call = distributed.replicate(network)
-    call = torch.compile(call, dynamic=False) if options.compile else call
-    precision = autocast(config, options.torch_device())
+    device = options.torch_device()
+    if options.compile:
+        # On a CPU, a loop that writes where it reads waits for its own stores.
+        call = torch.compile(call, dynamic=False, options={"inplace_buffers": device.type != "cpu"})
+    precision = autocast(config, device)
 
     def features_of(batch: Batch, *branch: int) -> Tensor:
         with precision:

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import shutil
 import time
 import warnings
 from dataclasses import replace
@@ -288,6 +289,34 @@ def test_a_metric_loss_of_weight_0_is_cross_entropy_alone_and_otherwise_it_count
     assert with_it.histories[0][0]["train_loss"] > without.histories[0][0]["train_loss"]
 
 
+def two_batches(digits, options):
+    return list(itertools.islice(batches_of(digits, digits_config("ce").stage1, "stage1", 0, options).epoch(0), 2))
+
+
+def gradient(network, head, batch, options, precision="fp32"):
+    """That of cross-entropy on a batch, by all parameters of the backbone."""
+    network.to(memory_format=torch.channels_last).train().zero_grad()
+    features = forward(network, digits_config("ce", precision=precision), options)(batch)
+    F.cross_entropy(head(features), batch.targets).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+
+
+def cosine(one, two):
+    return F.cosine_similarity(one, two, dim=0)
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="compiling takes a C++ compiler")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_backbone_has_the_gradient_of_the_plain_one(digits, stage1, options, precision):
+    batch, _ = two_batches(digits, options)
+    plain, compiled = (
+        gradient(*copy.deepcopy(stage1), batch, replace(options, compile=compile), precision)
+        for compile in (False, True)
+    )
+    assert cosine(plain, compiled) > {"fp32": 0.99999, "bf16": 0.99}[precision]
+    assert compiled.norm() == pytest.approx(plain.norm().item(), rel=0.02)
+
+
 @pytest.mark.parametrize("from_scratch", [True, False])
 def test_bfloat16_gradients_point_where_float32_ones_do(digits, stage1, options, from_scratch):
     """Rounding costs far less than what one batch's gradient differs from another's."""
@@ -296,20 +325,9 @@ def test_bfloat16_gradients_point_where_float32_ones_do(digits, stage1, options,
         network, head = stage1_model("resnet8", 10)
         init_kaiming(network, torch_rng(0, "init"))
         init_kaiming(head, torch_rng(0, "init"))
-    network.to(memory_format=torch.channels_last).train()
-
-    def gradient(precision, batch):
-        network.zero_grad()
-        features = forward(network, digits_config("ce", precision=precision), options)(batch)
-        F.cross_entropy(head(features), batch.targets).backward()
-        return torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
-
-    def cosine(one, two):
-        return F.cosine_similarity(one, two, dim=0)
-
-    batches = batches_of(digits, digits_config("ce").stage1, "stage1", 0, options).epoch(0)
-    first, second = itertools.islice(batches, 2)
-    exact, rounded, other = gradient("fp32", first), gradient("bf16", first), gradient("fp32", second)
+    first, second = two_batches(digits, options)
+    exact, rounded = (gradient(network, head, first, options, precision) for precision in ("fp32", "bf16"))
+    other = gradient(network, head, second, options)
     assert cosine(exact, rounded) > 0.98
     assert 1 - cosine(exact, rounded) < 0.1 * (1 - cosine(exact, other))
     assert rounded.norm() == pytest.approx(exact.norm().item(), rel=0.05)

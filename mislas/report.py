@@ -20,6 +20,7 @@ from . import paper
 from .campaign import estimate, images_per_second, jobs, wanted
 from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
+from .methods import METHODS
 from .runs import Record, Store
 from .study import FORMS, SHIFT, Study
 from .tables import DASH, Table, paired
@@ -138,10 +139,10 @@ CLAIMS: list[Claim] = [
         [
             comparison
             for old in ("ce", "mixup", "crt", "lws", "crt+mixup", "lws+mixup")
-            for comparison in _both(f"MiSLAS against {old}", Side("mislas"), Side(old))
+            for comparison in _both(f"MiSLAS against {METHODS[old].title}", Side("mislas"), Side(old))
         ]
         + [
-            Comparison(f"MiSLAS against {old}", "accuracy", "more", Side("mislas"), Side(old))
+            Comparison(f"MiSLAS against {METHODS[old].title}", "accuracy", "more", Side("mislas"), Side(old))
             for old in ("ldam+drw", "bbn", "remix+drw")
         ],
     ),

@@ -301,6 +301,8 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
                     lock.acquire(timeout=left, poll_interval=0.5)
                 except Timeout:
                     raise OutOfTime(f"another process still trains {path.stem}") from None
+            except (OSError, NotImplementedError):  # a disk that knows no locks
+                continue
             held.callback(lock.release)
         try:
             yield

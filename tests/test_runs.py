@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import subprocess
@@ -147,6 +148,15 @@ def test_a_lock_that_a_killed_process_left_is_free(tmp_path, calls):
     run(CE, store, options=OPTIONS)
     assert calls == [("stage1", ["ce"])]
     assert not path.exists()
+
+
+def test_a_disk_without_locks_is_no_hindrance(tmp_path, calls, monkeypatch):
+    def acquire(*_, **__):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    run(config("ce", epochs=1), Store(tmp_path), options=OPTIONS)
+    assert calls == [("stage1", ["ce"])]
 
 
 def test_stage1_is_trained_again_where_only_its_weights_are_missing(store, calls):

@@ -7,7 +7,6 @@ open, and nothing of how another training would have come out; for that there ar
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -53,6 +52,11 @@ class Comparison:
     expected: str
     new: Side
     old: Side
+
+    @property
+    def name(self) -> str:
+        """The measure's, as tables print it."""
+        return "ECE" if self.measure == "ece" else self.measure
 
     def at(self, imbalance: float) -> Comparison:
         """The same at another imbalance factor; a side that is balanced stays so."""
@@ -194,18 +198,29 @@ def effect(
     Returns:
         Effect, lower and upper end, in points (1 / 100). All runs see the same resampled images.
     """
+    return _interval(_differences(new, old, measure).mean(axis=0), level)
+
+
+def _differences(new: Sequence[Record], old: Sequence[Record], measure: str) -> np.ndarray:
+    """``new`` minus ``old`` in points, ``(seeds, test sets)``: the test set as it is, then the resampled ones."""
     sides = [[MEASURES[measure](record.predictions()) for record in records] for records in (new, old)]
     weights = _resamples(len(sides[0][0][0]))
-    values = [np.mean([of(weights @ columns) for columns, of in side], axis=0) for side in sides]
-    difference = 100 * (values[0] - values[1])
+    values = [np.array([of(weights @ columns) for columns, of in side]) for side in sides]
+    return 100 * (values[0] - values[1])
+
+
+def _interval(difference: np.ndarray, level: float = 0.95) -> tuple[float, float, float]:
     high, low = 2 * difference[0] - np.quantile(difference[1:], [(1 - level) / 2, (1 + level) / 2])
     return float(difference[0]), float(low), float(high)
 
 
-def over_seeds(new: Sequence[Record], old: Sequence[Record], measure: str) -> str:
-    """The effect in points as text: with several seeds the mean ± the standard deviation (n - 1) of theirs."""
-    each = [effect([one], [other], measure)[0] for one, other in zip(new, old, strict=True)]
-    return f"{statistics.mean(each):+.1f}" + (f" ± {statistics.stdev(each):.1f}" if len(each) > 1 else "")
+def judge(new: Sequence[Record], old: Sequence[Record], c: Comparison) -> tuple[str, float, float, str]:
+    """A comparison's effect as text, with several seeds ± the standard deviation (n - 1) of theirs; the ends of its
+    interval (see :func:`effect`); and the verdict."""
+    differences = _differences(new, old, c.measure)
+    middle, low, high = _interval(differences.mean(axis=0))
+    spread = f" ± {differences[:, 0].std(ddof=1):.1f}" if len(new) > 1 else ""
+    return f"{middle:+.1f}{spread}", low, high, verdict(c.expected, low, high)
 
 
 def verdict(expected: str, low: float, high: float) -> str:
@@ -224,7 +239,6 @@ def verdict(expected: str, low: float, high: float) -> str:
 
 
 NOT_MEASURED = "not measured"
-NAMES = {"ece": "ECE"}
 
 
 def _sides(study: Study, dataset: str, c: Comparison) -> list[list[Record]]:
@@ -244,19 +258,14 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
             if not records:
                 commands.append(study.command(dataset, [side.method], side.imbalance, side.changes))
         new, old = paired(*sides)
-        says = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
+        claimed = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
         if new:
             shown += new + old
-            _, low, high = effect(new, old, c.measure)
-            cells = [
-                over_seeds(new, old, c.measure),
-                f"{low:+.1f} to {high:+.1f}",
-                str(len(new)),
-                verdict(c.expected, low, high),
-            ]
+            measured, low, high, says = judge(new, old, c)
+            cells = [measured, f"{low:+.1f} to {high:+.1f}", str(len(new)), says]
         else:
             cells = [DASH, DASH, "0", "no common data and seed" if all(sides) else NOT_MEASURED]
-        rows.append([c.title, NAMES.get(c.measure, c.measure), says, *cells])
+        rows.append([c.title, c.name, claimed, *cells])
     frame = pd.DataFrame(rows, columns=["", "measure", "claimed", study.kind, "95% interval", "seeds", "verdict"])
     frame = frame.set_index("")
     frame.index.name = None
@@ -292,13 +301,13 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
             for imbalance in imbalances:
                 new, old = paired(*_sides(study, dataset, c.at(imbalance)))
                 if new:
-                    _, low, high = effect(new, old, c.measure)
-                    cells.append(f"{over_seeds(new, old, c.measure)} {MARKS[verdict(c.expected, low, high)]}")
+                    measured, _, _, says = judge(new, old, c)
+                    cells.append(f"{measured} {MARKS[says]}")
                 else:
                     cells.append(DASH)
                 used += new + old
             if any(cell != DASH for cell in cells[1:]):
-                rows[f"{claim.name}, {c.title}: {NAMES.get(c.measure, c.measure)}"] = cells
+                rows[f"{claim.name}, {c.title}: {c.name}"] = cells
                 shown += used
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
     legend = ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items())

@@ -256,7 +256,7 @@ def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:
 
     def steps_to(config: RunConfig) -> list[RunConfig]:
         before = config.experts if config.stage2 is None else [config.stage1_only]
-        missing = (run for run in before if not (store.get(run) and store.find(run, ".safetensors").exists()))
+        missing = (run for run in before if not _done([run], store))
         return [*(step for run in missing for step in steps_to(run)), config]
 
     groups: dict[tuple[bool, str], dict[str, RunConfig]] = {}

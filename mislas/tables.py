@@ -171,12 +171,13 @@ def table3(
     methods: Sequence[str] = TABLE3_ROWS,
 ) -> Table:
     """Table 3 for one dataset: :data:`TABLE3_ROWS`, or some of them."""
-    numbers = paper.TABLE3[dataset]
-
-    def published(method: str, imbalance: float) -> float | None:
-        return numbers[method][paper.IMBALANCES.index(imbalance)] if method in numbers else None
-
+    published = functools.partial(_published_table3, dataset)
     return compare(study, dataset, methods, imbalances, published, paper.TITLES)
+
+
+def _published_table3(dataset: str, method: str, imbalance: float) -> float | None:
+    numbers = paper.TABLE3[dataset].get(method)
+    return numbers[paper.IMBALANCES.index(imbalance)] if numbers else None
 
 
 def table2(
@@ -829,11 +830,11 @@ def weight_norms(
 def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
     """How far our mean accuracy is from the paper's, in percentage points, where Table 3 has both."""
     rows, shown = {}, []
-    for method, numbers in paper.TABLE3[dataset].items():
+    for method in paper.TABLE3[dataset]:
         cells = []
         for imbalance in imbalances:
             records = study.runs(dataset, method, imbalance) if method in METHODS else []
-            published = numbers[paper.IMBALANCES.index(imbalance)]
+            published = _published_table3(dataset, method, imbalance)
             if records and published is not None:
                 shown += records
                 ours = 100 * statistics.mean(record.metrics["accuracy"] for record in records)

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
+from mislas.models import native_bfloat16
+
 
 class ByteCounter(TorchDispatchMode):
     """Within it, ``total`` grows by the bytes of the tensors that each operation reads and writes.
@@ -43,9 +45,13 @@ def work(step: Callable[[], Any]) -> tuple[int, int]:
 
 
 def peaks(device: torch.device, seconds: float = 0.3) -> tuple[float, float]:
-    """What the device reaches: bfloat16 FLOP/s of a large matrix product, and bytes/s of a large copy."""
+    """What the device reaches: FLOP/s of a large matrix product, and bytes/s of a large copy.
+
+    The product is of bfloat16 numbers where the device multiplies those itself, of float32 ones elsewhere.
+    """
     side, size = (8192, 2**28) if device.type == "cuda" else (2048, 2**26)
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    numbers = torch.bfloat16 if native_bfloat16(device) else torch.float32
+    matrix = torch.randn(side, side, device=device, dtype=numbers)
     source = torch.zeros(size, device=device)  # float32: too large for any cache
     product = Timer("a @ a", globals={"a": matrix}, num_threads=torch.get_num_threads())
     copy = Timer("b.copy_(a)", globals={"a": source, "b": source.clone()}, num_threads=torch.get_num_threads())

@@ -41,7 +41,7 @@ from usual import usual_epoch, usual_loader
 
 from mislas import Dataset, Options, RunConfig, configure
 from mislas.campaign import GRID
-from mislas.models import backbone
+from mislas.models import backbone, native_bfloat16, use_float32_products
 from mislas.runs import device_name
 from mislas.together import train_together
 from mislas.train import stage1_run, train_stage1, train_stage2
@@ -120,6 +120,8 @@ def bare_step(options: Options) -> Callable[[], None]:
     device = options.torch_device()
     network = nn.Sequential(backbone("resnet32"), nn.Linear(64, 10))
     network = network.to(device, memory_format=torch.channels_last).train()
+    if not native_bfloat16(device):
+        use_float32_products(network)
     forward = torch.compile(network, dynamic=False) if options.compile else network
     optimizer = sgd(network, fused=True)
     images = torch.randn(BATCH, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)

@@ -65,6 +65,34 @@ class CifarResNet(nn.Module):
         return self.blocks(x).mean(dim=(2, 3))
 
 
+class Float32Products(nn.Conv2d):
+    """A convolution that autocast would compute in bfloat16, on a processor without instructions for that: inputs,
+    weights and outputs are rounded to bfloat16, and so are their gradients; products and sums are float32, as they are
+    inside those instructions. Results are autocast's, up to the order of sums, without its software emulation.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super()._conv_forward(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return super()._conv_forward(x.bfloat16().float(), weight.bfloat16().float(), bias).bfloat16()
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether a processor multiplies bfloat16 numbers itself. Other devices are taken to."""
+    return device.type != "cpu" or (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def use_float32_products(network: nn.Module) -> nn.Module:
+    """Turn a network's convolutions into :class:`Float32Products`, in place. Returns the network."""
+    for module in network.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Float32Products
+    return network
+
+
 #: The CIFAR family (He et al., 2016, 4.2), and torchvision's ResNets by their blocks in each of four stages. ResNet-10
 #: is the long-tailed literature's (Liu et al., 2019): one basic block a stage. Depths 50 and 152 are torchvision's.
 CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from .config import RunConfig
 from .data import LISTS, spec_of
 from .errors import MislasError
-from .models import CIFAR_DEPTHS, CifarResNet
+from .models import CIFAR_DEPTHS, CifarResNet, Float32Products, use_float32_products
 from .train import Forward, Options, OutOfTime, Run, Trained, autocast
 
 
@@ -122,7 +122,8 @@ def joint_features(networks: Sequence[CifarResNet], images: Sequence[Tensor]) ->
     buffers = [dict(network.named_buffers()) for network in networks]
     moving = {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
     wide |= {name: value.flatten(0, 1) if value.ndim > 1 else value for name, value in moving.items()}
-    features = functional_call(_wide_network(2 * blocks + 2, n), wide, torch.cat(images, dim=1))
+    network = _wide_network(2 * blocks + 2, n, isinstance(networks[0].conv, Float32Products))
+    features = functional_call(network, wide, torch.cat(images, dim=1))
     for ndim in (1, 2):  # how many batches were seen; means and variances
         names = [name for name in moving if moving[name].ndim == ndim]
         own = [statistics[name] for name in names for statistics in buffers]
@@ -131,7 +132,8 @@ def joint_features(networks: Sequence[CifarResNet], images: Sequence[Tensor]) ->
 
 
 @functools.cache
-def _wide_network(depth: int, networks: int) -> CifarResNet:
+def _wide_network(depth: int, networks: int, float32_products: bool) -> CifarResNet:
     """The wide network, without weights of its own."""
     with torch.device("meta"):
-        return CifarResNet(depth, networks)
+        network = CifarResNet(depth, networks)
+    return use_float32_products(network) if float32_products else network

@@ -36,7 +36,9 @@ from .models import (
     init_kaiming,
     load_backbone_weights,
     mix_branches,
+    native_bfloat16,
     stage1_model,
+    use_float32_products,
 )
 from .samplers import SAMPLERS
 
@@ -515,8 +517,10 @@ def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable
     Where several processes train together each sends its piece of the images through ``network``, whose batch norm is
     changed in place to take statistics over all of them.
     """
-    call = distributed.replicate(network)
     device = options.torch_device()
+    if not native_bfloat16(device):
+        use_float32_products(network)
+    call = distributed.replicate(network)
     if options.compile:
         # On a CPU, a loop that writes where it reads waits for its own stores.
         call = torch.compile(call, dynamic=False, options={"inplace_buffers": device.type != "cpu"})

@@ -24,6 +24,7 @@ from mislas.models import (
     load_backbone_weights,
     mix_branches,
     stage1_model,
+    use_float32_products,
 )
 from mislas.runs import Store, batch_norm_statistics, run
 from mislas.train import round_to_half
@@ -75,6 +76,53 @@ def test_a_block_is_relu_of_shortcut_plus_residual():
     inner = F.relu(F.conv2d(x, block.conv1.weight, padding=1) * norm)
     expected = F.relu(x + F.conv2d(inner, block.conv2.weight, padding=1) * norm)
     torch.testing.assert_close(block(x), expected)
+
+
+# --------------------------------------------------------------------------------------------------------- bfloat16
+
+
+@pytest.fixture
+def convolution():
+    """A convolution, its input, and a gradient of its output; nothing is a bfloat16 number yet."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 7, 7, requires_grad=True)
+    return nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=False), x, torch.randn(4, 5, 4, 4)
+
+
+def test_float32_products_are_those_of_rounded_numbers_rounded_again(convolution):
+    """Against float64; sums in another order may round to the neighbour, 2^-8 away."""
+    plain, x, gradient = convolution
+    with torch.autocast("cpu", torch.bfloat16):
+        y = use_float32_products(copy.deepcopy(plain))(x)
+    assert y.dtype == torch.bfloat16
+    found = torch.autograd.grad(y, x, gradient.bfloat16())[0]
+    rounded, weight = (tensor.detach().bfloat16().double().requires_grad_() for tensor in (x, plain.weight))
+    exact = F.conv2d(rounded, weight, stride=2, padding=1)
+    np.testing.assert_allclose(y.detach().float(), exact.detach(), rtol=2**-8, atol=1e-6)
+    by_hand = torch.autograd.grad(exact, rounded, gradient.bfloat16().double())[0]
+    np.testing.assert_allclose(found, by_hand, rtol=2**-8, atol=1e-6)
+
+
+def test_float32_products_are_what_autocast_computes(convolution):
+    plain, x, _ = convolution
+    with torch.autocast("cpu", torch.bfloat16):
+        one, two = plain(x), use_float32_products(copy.deepcopy(plain))(x)
+    assert one.dtype == two.dtype == torch.bfloat16
+    torch.testing.assert_close(one, two, rtol=2**-7, atol=1e-3)
+
+
+def test_outside_autocast_convolutions_stay_what_they_are(convolution):
+    plain, x, _ = convolution
+    assert torch.equal(use_float32_products(copy.deepcopy(plain))(x), plain(x))
+
+
+def test_a_network_with_float32_products_has_the_same_weights_under_the_same_names():
+    network = backbone("resnet8")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    after = use_float32_products(network).state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert not any(type(module) is nn.Conv2d for module in network.modules())
 
 
 @pytest.mark.parametrize("depth", [2, 9, 33, -4])

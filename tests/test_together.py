@@ -10,7 +10,7 @@ from mislas.cli import main
 from mislas.data import load
 from mislas.errors import MislasError
 from mislas.methods import configure
-from mislas.models import CifarResNet, init_kaiming
+from mislas.models import CifarResNet, Float32Products, init_kaiming, use_float32_products
 from mislas.runs import Store, run
 from mislas.together import joint_features, kind, side_by_side, train_together
 from mislas.train import Options, OutOfTime, stage1_run, train_stage1
@@ -98,6 +98,14 @@ def test_side_by_side_networks_have_the_features_gradients_and_statistics_of_eac
         assert_close([p.grad for p in one.parameters()], [p.grad for p in two.parameters()])
         assert int(one.bn.num_batches_tracked) == 1
         assert not torch.equal(one.bn.running_mean, torch.zeros(16))
+
+
+def test_side_by_side_networks_have_float32_products_if_each_alone_has(monkeypatch):
+    networks = [use_float32_products(CifarResNet(8)) for _ in range(2)]
+    monkeypatch.setattr(Float32Products, "_conv_forward", lambda self, x, weight, bias: pytest.fail("used"))
+    with pytest.raises(pytest.fail.Exception, match="used"):
+        joint_features(networks, [torch.zeros(2, 3, 12, 12)] * 2)
+    joint_features([CifarResNet(8)] * 2, [torch.zeros(2, 3, 12, 12)] * 2)
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs

@@ -306,8 +306,9 @@ def cosine(one, two):
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="compiling takes a C++ compiler")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_compiled_backbone_has_the_gradient_of_the_plain_one(digits, stage1, options, precision):
+@pytest.mark.parametrize(("precision", "native"), [("fp32", True), ("bf16", True), ("bf16", False)])
+def test_a_compiled_backbone_has_the_gradient_of_the_plain_one(digits, stage1, options, precision, native, monkeypatch):
+    monkeypatch.setattr("mislas.train.native_bfloat16", lambda device: native)
     batch, _ = two_batches(digits, options)
     plain, compiled = (
         gradient(*copy.deepcopy(stage1), batch, replace(options, compile=compile), precision)
@@ -317,9 +318,11 @@ def test_a_compiled_backbone_has_the_gradient_of_the_plain_one(digits, stage1, o
     assert compiled.norm() == pytest.approx(plain.norm().item(), rel=0.02)
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("from_scratch", [True, False])
-def test_bfloat16_gradients_point_where_float32_ones_do(digits, stage1, options, from_scratch):
-    """Rounding costs far less than what one batch's gradient differs from another's."""
+def test_bfloat16_gradients_point_where_float32_ones_do(digits, stage1, options, from_scratch, native, monkeypatch):
+    """Rounding costs far less than what one batch's gradient differs from another's, whoever multiplies."""
+    monkeypatch.setattr("mislas.train.native_bfloat16", lambda device: native)
     network, head = stage1
     if from_scratch:
         network, head = stage1_model("resnet8", 10)

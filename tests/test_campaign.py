@@ -31,8 +31,9 @@ def test_wanted_begins_with_table_3_and_names_no_run_twice():
     runs = wanted("cifar10-jpeg", seeds=(0, 1))
     assert [c.method for c in runs[:3]] == ["ce", "mixup", "mislas"]
     assert len({c.id for c in runs}) == len(runs)
-    grid = {(c.stage2.eps_1, c.stage2.eps_k) for c in runs if c.method == "mislas" and c.imbalance == 100}
-    assert len(grid) == 21
+    for imbalance in (100, 50, 10):
+        grid = {(c.stage2.eps_1, c.stage2.eps_k) for c in runs if c.method == "mislas" and c.imbalance == imbalance}
+        assert len(grid) == 21
 
 
 def test_the_grid_of_21_cells_is_one_job(tmp_path):

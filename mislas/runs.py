@@ -42,7 +42,7 @@ from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
 from .lists import ListDataset
 from .memory import train_memory
-from .models import GeneralisedClassifier, find_weights, stage1_model
+from .models import GeneralisedClassifier, find_weights, native_bfloat16, stage1_model
 from .together import check_together, side_by_side, train_together
 from .train import Options, OutOfTime, Trained, plain_images, stage1_run, train_stage1, train_stage2
 
@@ -427,8 +427,8 @@ def provenance(data: Dataset | ListDataset, options: Options, seconds: float) ->
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name, as records have it, with the cores that this process computes on, and how many
-    processes train together."""
+    """The GPU's or the processor's name, as records have it, with the cores that this process computes on, whether it
+    lacks bfloat16 instructions, and how many processes train together."""
     together = f"{distributed.world()} x " if distributed.world() > 1 else ""
     if device.type == "cuda":
         return together + torch.cuda.get_device_name(device)
@@ -438,7 +438,8 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     cores, used = os.cpu_count(), torch.get_num_threads()
-    return f"{together}{name} (CPU, {cores if used == cores else f'{used} of {cores}'} cores)"
+    lacks = "" if native_bfloat16(device) else " without bfloat16"
+    return f"{together}{name} (CPU{lacks}, {cores if used == cores else f'{used} of {cores}'} cores)"
 
 
 def _commit() -> str:

@@ -222,10 +222,14 @@ def test_a_record_says_where_its_numbers_come_from(full, digits):
     assert {"commit", "mislas", "python", "threads", "compile"} <= source.keys()
 
 
-@pytest.mark.parametrize(("used", "said"), [(4, "(CPU, 4 cores)"), (1, "(CPU, 1 of 4 cores)")])
-def test_a_processor_is_named_with_the_cores_that_are_used(used, said, monkeypatch):
+@pytest.mark.parametrize(
+    ("used", "native", "said"),
+    [(4, True, "(CPU, 4 cores)"), (1, True, "(CPU, 1 of 4 cores)"), (4, False, "(CPU without bfloat16, 4 cores)")],
+)
+def test_a_processor_is_named_with_the_cores_that_are_used(used, native, said, monkeypatch):
     monkeypatch.setattr(runs.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(runs.torch, "get_num_threads", lambda: used)
+    monkeypatch.setattr(runs, "native_bfloat16", lambda device: native)
     assert runs.device_name(torch.device("cpu")).endswith(said)
 
 

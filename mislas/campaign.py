@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -166,21 +167,22 @@ def _kind(config: RunConfig) -> tuple:
 
 
 def estimate(planned: Sequence[Job], rates: dict[str, Rates]) -> str:
-    """Hours that jobs take on each device that has rates for them, in words; "more than" where it has rates for some
-    of them only. Empty if no device has any."""
+    """Hours that jobs take, in words, on the device that has rates for most of their work, and of such the fastest;
+    "more than" where it has rates for some of them only. Empty if no device has any."""
     costs = []
     for device, known in rates.items():
-        seconds = [job.seconds_at(known) for job in planned]
-        told = [cost for cost in seconds if cost is not None]
+        told = [job for job in planned if job.seconds_at(known) is not None]
         if told:
-            about = "about" if len(told) == len(seconds) else "more than"
-            costs.append(f"{about} {sum(told) / 3600:.1f} h on {device}")
-    return "; ".join(costs)
+            seconds = sum(job.seconds_at(known) for job in told)
+            about = "about" if len(told) == len(planned) else "more than"
+            costs.append((-sum(job.passes for job in told), seconds, f"{about} {seconds / 3600:.1f} h on {device}"))
+    return min(costs)[-1] if costs else ""
 
 
 def images_per_second(store: Store) -> dict[str, Rates]:
-    """How fast each device of the store's records was, by kind of run: stage, network, precision, image size."""
-    rates: dict[str, Rates] = {}
+    """How fast each device of the store's records was, by kind of run (stage, network, precision, image size): the
+    median of its runs."""
+    rates: dict[str, dict[tuple, list[float]]] = {}
     for record in store:
         source = record.provenance
         if "together" in source:  # the seconds are not its own
@@ -188,8 +190,8 @@ def images_per_second(store: Store) -> dict[str, Rates]:
         if source["seconds"] > 0 and record.config.stage1.holdout is None:  # those saw fewer images
             images = sum(source["class_counts"]) * _epochs(record.config)
             kinds = rates.setdefault(source["device"], {})
-            kinds[_kind(record.config)] = images / source["seconds"]
-    return rates
+            kinds.setdefault(_kind(record.config), []).append(images / source["seconds"])
+    return {device: {kind: median(found) for kind, found in kinds.items()} for device, kinds in rates.items()}
 
 
 def campaign(

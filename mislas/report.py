@@ -319,8 +319,8 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
 
 
 def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | None = None, seed: int = 0) -> Table:
-    """What a campaign wants and the store lacks: runs, and what they cost on each device that the store knows; the
-    commands are under the table.
+    """What a campaign wants and the store lacks: runs, and what they cost on the fastest device that the store knows.
+    The commands are under the table.
 
     The cost is what has to be trained anew, Stage-1 included, at the rate of stored runs of the same kind.
 

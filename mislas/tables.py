@@ -576,7 +576,7 @@ def how_to(
     imbalance: float | None = None,
 ) -> str:
     """The command that measures some runs; as a comment, the images that pass through the network for it, Stage-1
-    included, and the hours on each device whose rate for such runs the store knows."""
+    included, and the hours on the fastest device whose rate for such runs the store knows."""
     configs = [config for method in methods for config in study.configs(dataset, method, imbalance, changes)]
     planned = jobs(configs, study.store)
     images = sum(job.passes for job in planned)

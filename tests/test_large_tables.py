@@ -99,11 +99,13 @@ def test_what_it_takes_counts_stage_1_once(stored):
     assert f"# {passes:.1f} million image passes" in how_to(stored, "imagenet-lt", ["crt", "lws"])
 
 
-def test_hours_are_for_devices_with_rates_and_say_when_some_are_unknown():
-    config = configure("imagenet-lt", "ce")
+def test_hours_are_for_the_fastest_device_that_has_rates_and_say_when_some_are_unknown():
+    config, second = configure("imagenet-lt", "ce"), configure("imagenet-lt", "crt")
     planned, rates = [Job([config], 7_200_000), Job([config], 3_600_000)], {"fast": {_kind(config): 1000.0}}
-    assert estimate(planned, rates | {"other": {}}) == "about 3.0 h on fast"
-    assert estimate([*planned, Job([configure("imagenet-lt", "crt")], 1)], rates) == "more than 3.0 h on fast"
+    assert estimate(planned, rates | {"other": {}, "slow": {_kind(config): 10.0}}) == "about 3.0 h on fast"
+    assert (
+        estimate([*planned, Job([second], 1)], rates | {"small": {_kind(second): 1000.0}}) == "more than 3.0 h on fast"
+    )
     assert estimate(planned, {}) == ""
 
 

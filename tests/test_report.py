@@ -8,6 +8,7 @@ import torch
 from scipy.stats import bootstrap, norm
 from torchmetrics.functional.classification import binary_calibration_error
 
+from mislas.campaign import images_per_second, jobs, wanted
 from mislas.methods import configure
 from mislas.report import CLAIMS, across, claim_table, effect, gaps, summary, verdict
 from mislas.runs import Store
@@ -21,7 +22,7 @@ SOURCE = {
 }  # fmt: skip
 
 
-def put(store, config, accuracy, confidence, seed=0):
+def put(store, config, accuracy, confidence, seed=0, **source):
     """A made-up run: right with probability ``accuracy``, sure by ``confidence``."""
     rng = np.random.default_rng(seed)
     right = rng.random(N) < accuracy
@@ -33,7 +34,7 @@ def put(store, config, accuracy, confidence, seed=0):
         "true_probability": np.rint(np.where(right, sure, 0.05) * 65535).astype(np.uint16),
     }
     metrics = {"accuracy": right.mean(), "ece": 0.1, "nll": 1.0}
-    return store.put(config, metrics, [], arrays, SOURCE)
+    return store.put(config, metrics, [], arrays, SOURCE | source)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +176,6 @@ def test_an_empty_store_leaves_every_claim_unmeasured(tmp_path):
 
 def test_every_side_of_every_claim_is_wanted_by_the_campaign():
     """Otherwise the gap page would never ask for it."""
-    from mislas.campaign import wanted
-
     ids = {config.id for config in wanted("cifar10-jpeg", [100])}
     for claim in CLAIMS:
         for c in claim.comparisons:
@@ -208,8 +207,14 @@ def test_gaps_estimate_hours_from_the_rates_of_stored_runs(tmp_path):
     """Stage-1 at 1000 images in 100 s over 200 epochs, so 2000 a second: all that one seed of CE would take."""
     store = Store(tmp_path)
     put(store, configure("cifar10-jpeg", "ce"), 0.6, 0.9)
-    from mislas.campaign import images_per_second, jobs
-
     (job,) = jobs([replace(configure("cifar10-jpeg", "ce"), seed=1)], store)
     rates = images_per_second(store)["A device"]
     assert job.seconds_at(rates) == pytest.approx(200 * 12406 / 2000)
+
+
+def test_of_several_runs_of_a_kind_the_median_rate_counts(tmp_path):
+    store = Store(tmp_path)
+    for seed, seconds in enumerate((100, 200, 1000)):
+        put(store, configure("cifar10-jpeg", "ce", seed=seed), 0.6, 0.9, seconds=seconds)
+    (rate,) = images_per_second(store)["A device"].values()
+    assert rate == 200 * 1000 / 200

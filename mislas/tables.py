@@ -507,16 +507,19 @@ def measures(
 ) -> Table:
     """Every measure of some methods: mean over seeds; all in percent but NLL (nats) and Brier (0..2).
 
+    A group that has no classes in any of the runs has no column.
+
     Args:
         imbalance: None is the only one of a dataset of list files, and 100 of others.
         columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`.
         changes: what is changed in every run.
     """
-    rows, shown, missing = {}, [], []
-    for method in methods:
-        records = study.runs(dataset, method, imbalance, changes)
-        shown += records
-        missing += [] if records else [method]
+    found = {method: study.runs(dataset, method, imbalance, changes) for method in methods}
+    missing = [method for method, records in found.items() if not records]
+    shown = [record for records in found.values() for record in records]
+    columns = {key: column for key, column in columns.items() if any(r.metrics[key] is not None for r in shown)}
+    rows = {}
+    for method, records in found.items():
         cells = []
         for key, (_, scale, digits) in columns.items():
             values = [record.metrics[key] for record in records]
@@ -526,7 +529,7 @@ def measures(
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, _, _ in columns.values()])
     what = f"tiny smoke runs on {study.title(dataset)}" if study.kind == "tiny" else title or study.title(dataset)
     factor = "" if imbalance is None else f", IF {imbalance:g}"
-    caption = f"All measures, {what}{factor}. A dash: not measured, or a group without classes."
+    caption = f"Accuracy and calibration, {what}{factor}."
     notes = [f"Not measured yet: `{study.command(dataset, missing, imbalance, changes)}`"] if missing else []
     return _table(study, frame, caption, notes, shown)
 

@@ -190,15 +190,20 @@ def test_selection_is_the_best_epoch_that_was_looked_at_minus_the_last(made_up):
     assert frame.loc["mixup"].tolist() == ["–"] * 4
 
 
-def test_measures_by_group_show_a_dash_for_an_empty_group(made_up):
-    record = made_up("cifar10-jpeg", "ce")
+def test_measures_leave_out_a_group_without_classes(made_up):
+    record, other = made_up("cifar10-jpeg", "ce"), made_up("cifar10-jpeg", "mixup")
     record.metrics.update({key: 0.25 for key in BY_GROUP if "few" not in key}, accuracy_few=None, ece_few=None)
+    other.metrics.update(record.metrics)
     study = Study(results_root=made_up.root)
-    study.runs = lambda *_: [record]
-    frame = measures(study, "cifar10", ["ce"], columns=BY_GROUP).frame
-    assert list(frame.columns[:4]) == ["accuracy", "accuracy, many", "accuracy, medium", "accuracy, few"]
-    assert list(frame.columns[4:]) == ["ECE", "ECE, many", "ECE, medium", "ECE, few"]
-    assert frame.loc["CE"].tolist() == ["25.0", "25.0", "25.0", "–"] * 2
+    study.runs = lambda dataset, method, *_: {"ce": [record], "mixup": [other]}.get(method, [])
+    frame = measures(study, "cifar10", ["ce", "mixup", "crt"], columns=BY_GROUP).frame
+    accuracies = ["accuracy", "accuracy, many", "accuracy, medium"]
+    assert list(frame.columns) == [*accuracies, "ECE", "ECE, many", "ECE, medium"]
+    assert frame.loc["CE"].tolist() == ["25.0"] * 6
+    assert frame.loc["cRT"].tolist() == ["–"] * 6
+    other.metrics["accuracy_few"] = 0.5
+    frame = measures(study, "cifar10", ["ce", "mixup"], columns=BY_GROUP).frame
+    assert frame["accuracy, few"].tolist() == ["–", "50.0"]
 
 
 def test_two_ways_show_what_their_files_have_and_leave_out_single_runs(tmp_path):

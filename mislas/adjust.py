@@ -142,13 +142,14 @@ def adjust(
 
 
 def shift_statistics(config: RunConfig, network: nn.Module, data: Dataset | ListDataset, options: Options) -> None:
-    """Move batch norm's running statistics over class-balanced batches; weights stay (paper, section 3.3)."""
+    """Move batch norm's running statistics over unmixed batches, class-balanced unless ``stage2.shift_sampler`` names
+    other ones; weights stay (paper, section 3.3)."""
     plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
     batches = batches_of(data, plain, "shift", config.seed, options)
     features_of = forward(network, config, options)
     network.train()
     with torch.no_grad():
         for epoch in range(config.stage2.shift_epochs):
-            for batch in batches.epoch(epoch, "class_balanced"):
+            for batch in batches.epoch(epoch, config.stage2.shift_sampler or "class_balanced"):
                 features_of(batch)
     network.eval()

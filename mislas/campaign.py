@@ -25,7 +25,7 @@ from .data import LISTS, dataset_name, spec_of, training_images, write_atomicall
 from .errors import MislasError, RecordError
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store, plan, read_record, run
-from .study import FORMS, GRID, SHIFT, SHORT
+from .study import FORMS, GRID, LEARNED, SHORT
 from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
@@ -58,7 +58,8 @@ def wanted(
     The imbalance factors are 100, 50 and 10 unless others are asked for.
 
     At each imbalance factor Table 3's rows; what costs little beside them, on the same Stage-1: the grid and the forms
-    of label-aware smoothing, the authors' variants, the controls of Table 1 and Figure 6; the balanced model; Table 3's
+    of label-aware smoothing, the authors' variants, the controls of Table 1 and of Figure 6
+    (:data:`mislas.study.LEARNED`); the balanced model; Table 3's
     other methods; what open questions ask at the first imbalance factor; then the same for the next seed. Of a dataset
     of list files it is what its tables and figures have, with their backbones; it has one imbalance factor. Of
     Tiny-ImageNet at 64 pixels it is the same as of ImageNet-LT, at imbalance factor 100, after Table 1's rows on
@@ -79,7 +80,8 @@ def wanted(
         configs += [configure(dataset, method, imbalance, seed) for imbalance in imbalances for method in TABLE_3]
         for imbalance in imbalances:
             configs += [configure(dataset, "mislas", imbalance, seed, changes) for changes in GRID + FORMS + AUTHORS]
-            configs.append(configure(dataset, "lws", imbalance, seed, SHIFT))
+            shifted = [run for rows in LEARNED.values() for row in rows.values() for run in row if run]
+            configs += [configure(dataset, method, imbalance, seed, changes) for method, changes in shifted]
             configs += [configure(dataset, m, imbalance, seed, STAGE2_MIXUP) for m in ("crt+mixup", "lws+mixup")]
             configs += [configure(dataset, method, imbalance, seed) for method in RULES]
         configs.append(configure(dataset, "ce", 1, seed))

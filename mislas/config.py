@@ -147,11 +147,13 @@ class Adjustment:
         value: tau of tau-normalisation (>= 0) or of logit adjustment (>= 0), or the temperature (> 0). None: chosen on
             the images that Stage-1 held out. ``"ncm"`` has none.
         shift_epochs: epochs of class-balanced batches that first move batch norm's running statistics (section 3.3).
+        shift_sampler: name in :data:`mislas.samplers.SAMPLERS`, in place of class-balanced batches.
     """
 
     rule: str
     value: float | None = None
     shift_epochs: int | None = None
+    shift_sampler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ class RunConfig:
         if self.stage2 is None:
             return self.id
         if isinstance(self.stage2, Adjustment):
-            return f"{self.stage1_only.id}:adjust,{self.stage2.shift_epochs}"
+            return f"{self.stage1_only.id}:adjust,{self.stage2.shift_epochs},{self.stage2.shift_sampler}"
         if not isinstance(self.stage2, Stage2):
             return self.id
         keys = ("epochs", "batch_size", "sampler", "shift_bn", "mixup")
@@ -556,6 +558,11 @@ def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:
         raise MislasError(f"{stage.rule!r} chooses its value on held-out images: set stage1.holdout, or stage2.value")
     if stage.shift_epochs is not None and stage.shift_epochs < 1:
         raise MislasError(f"stage2.shift_epochs must be at least 1, or null for no shift, got {stage.shift_epochs!r}")
+    if stage.shift_sampler is not None:
+        if stage.shift_sampler not in SAMPLERS:
+            unknown("stage2.shift_sampler", stage.shift_sampler, SAMPLERS)
+        if stage.shift_epochs is None:
+            raise MislasError("stage2.shift_sampler says which images shift batch norm: set stage2.shift_epochs, too")
 
 
 def _without_none(value: Any) -> Any:

@@ -311,6 +311,10 @@ AFTER_TRAINING: dict[str, Method] = {
         "Logit adjustment", "Subtract the log of the class frequencies from the plain model's logits.", MENON, (),
         r"z_k - \log \pi_k", stage2=dict(rule="logit_adjustment", value=1.0),
     ),
+    "logit-adjustment+mixup": Method(
+        "Logit adjustment+mixup", "Subtract the log of the class frequencies from the logits of a model trained with "
+        "mixup.", MENON, (), r"z_k - \log \pi_k", True, 1.0, stage2=dict(rule="logit_adjustment", value=1.0),
+    ),
     "temperature": Method(
         "CE+TS", "Divide the plain model's logits by a temperature, chosen on held-out images.", GUO, (),
         r"z / T", stage1=HOLDOUT, stage2=dict(rule="temperature"),

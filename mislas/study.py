@@ -52,6 +52,27 @@ FORMS = [{"form": "linear"}, {"form": "convex"}] + [{"form": "power", "power": p
 SHORT = {"backbone": "resnet10", "stage1.epochs": 30}
 #: Figure 6's control: batch norm shifted in a method that leaves it alone.
 SHIFT = {"stage2.shift_bn": True}
+#: Batch norm's statistics of a frozen backbone: left alone, or those of plain images, drawn in two ways.
+STATISTICS = ("Stage-1's", "plain images, as they come", "plain images, balanced classes")
+_DRAWN = {"shift_epochs": 10, "shift_sampler": "instance_balanced"}
+_CROSS_ENTROPY = {"eps_1": 0.0, "eps_k": 0.0}
+#: By Stage-1 and by what Stage-2 learns on it: the run, as (method, changes), with each of the three
+#: :data:`STATISTICS`. What learns on class-balanced batches shifts on them, too.
+LEARNED = {
+    f"Stage-1 {'with' if end else 'without'} mixup": {
+        "nothing (logit adjustment)": [
+            (f"logit-adjustment{end}", changes) for changes in ({}, _DRAWN, {"shift_epochs": 10})
+        ],
+        "class means (NCM)": [(f"ncm{end}", {}), (f"ncm{end}", _DRAWN), (f"ncm{end}+shift", {})],
+        "a scale per class (LWS)": [(f"lws{end}", {}), None, (f"lws{end}+shift", {})],
+        **({
+            "scales and ΔW": [("mislas", _CROSS_ENTROPY | {"shift_bn": False}), None, ("mislas", _CROSS_ENTROPY)],
+            "the same, smoothed (MiSLAS)": [("mislas", {"shift_bn": False}), None, ("mislas", {})],
+        } if end else {}),
+        "a new classifier (cRT)": [(f"crt{end}", {}), None, (f"crt{end}+shift", {})],
+    }
+    for end in ("+mixup", "")
+}  # fmt: skip
 
 
 def default_results_root() -> Path:

@@ -286,12 +286,48 @@ def variants(
         f"{METHODS[method].title} with changes, {title or study.title(dataset)}, IF {imbalance:g}: accuracy, ECE (%), "
         "NLL (nats), and accuracy minus the first row's (points, ± standard error over the test images)."
     )
-    missing = [change for change, records in zip(changes.values(), found, strict=True) if not records]
-    if len(missing) > 2:  # a grid: the campaign trains its cells together
-        notes = [f"Not measured yet: `{study.campaign_command(dataset, imbalance)}`"]
-    else:
-        notes = [f"Not measured yet: `{study.command(dataset, [method], imbalance, change)}`" for change in missing]
+    missing = [(method, change) for change, records in zip(changes.values(), found, strict=True) if not records]
+    notes = _commands(study, dataset, missing, imbalance)
     return _table(study, frame, caption, notes, [record for records in found for record in records], beside)
+
+
+def _commands(study: Study, dataset: str, missing: Sequence[tuple[str, dict[str, Any]]], imbalance: float) -> list[str]:
+    """Notes naming the commands for runs, as (method, changes); for many, the campaign's: it trains them together."""
+    if len(missing) > 2:
+        return [f"Not measured yet: `{study.campaign_command(dataset, imbalance)}`"]
+    return [f"Not measured yet: `{study.command(dataset, [m], imbalance, changes)}`" for m, changes in missing]
+
+
+def learned_on(
+    study: Study,
+    dataset: str,
+    rows: dict[str, Sequence[tuple[str, dict[str, Any]] | None]],
+    columns: Sequence[str],
+    imbalance: float = 100,
+    title: str | None = None,
+) -> Table:
+    """Accuracy over all and over medium classes: what Stage-2 learns in rows, what it learns on in columns.
+
+    Args:
+        rows: for each of ``columns`` a run, as (method, changes), or None for none. See :data:`mislas.study.LEARNED`.
+        columns: their titles.
+        title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
+    """
+    cells: dict[tuple[str, str], list[str]] = {(column, group): [] for column in columns for group in ("all", "medium")}
+    shown, missing = [], []
+    for row in rows.values():
+        for column, run in zip(columns, row, strict=True):
+            records = study.runs(dataset, run[0], imbalance, run[1]) if run else []
+            shown += records
+            missing += [run] if run and not records else []
+            for group in ("all", "medium"):
+                cells[column, group].append(_metric(records, GROUP_METRICS[group], "not measured" if run else ""))
+    frame = pd.DataFrame(cells, index=list(rows))
+    caption = (
+        f"Top-1 accuracy (%) over all and over medium classes, {title or study.title(dataset)}, IF {imbalance:g}, "
+        f"{study.kind}: by what Stage-2 learns, and by batch norm's statistics."
+    )
+    return _table(study, frame, caption, _commands(study, dataset, missing, imbalance), shown)
 
 
 def true_probabilities(

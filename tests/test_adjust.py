@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mislas.adjust import (
     temperature_scaled,
 )
 from mislas.augment import Images
+from mislas.data import SPECS
 from mislas.evaluate import predict
 from mislas.methods import configure
 from mislas.train import train_stage1
@@ -152,6 +154,28 @@ def test_rules_share_a_pass_and_leave_stage1_alone(digits, held, options):
     test = Images(digits.test_images, digits.spec.mean, digits.spec.std, padding=0)
     raw, scaled, *_ = predict(trained.backbone, [held[1], *trained.heads], test)
     torch.testing.assert_close(scaled, raw / chosen[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", [None, "instance_balanced"])
+def test_shifted_statistics_are_those_of_the_sampled_images(digits, held, options, sampler, monkeypatch):
+    """The first batch norm's mean: over images as they come, or over classes of equal weight."""
+    changes = {"epochs": 6, "holdout": 0.1, "shift_epochs": 10, "shift_sampler": sampler}
+    config = configure("digits", "ncm+shift", 50, overrides=changes)
+    network = copy.deepcopy(held[0])
+    first = next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+    first.momentum = None  # a plain average in place of a moving one
+    first.reset_running_stats()
+    unmoved = copy.deepcopy(network)
+    monkeypatch.setitem(SPECS, "digits", replace(digits.spec, padding=0))  # no augmentation
+    adjust([config], (network, held[1]), digits, options)
+    train, maps = digits.hold_out(0.1)[0], []
+    layer = next(module for module in unmoved.modules() if isinstance(module, nn.BatchNorm2d))
+    layer.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0].mean(dim=(2, 3))))
+    predict(unmoved, [nn.Identity()], Images(train.train_images, digits.spec.mean, digits.spec.std, padding=0))
+    maps = torch.cat(maps).double()
+    balanced = torch.stack([maps[train.train_targets == k].mean(0) for k in range(10)]).mean(0)
+    right, wrong = (maps.mean(0), balanced) if sampler else (balanced, maps.mean(0))
+    assert (first.running_mean - right).norm() < 0.2 * (first.running_mean - wrong).norm()
 
 
 def test_a_rule_with_shift_moves_running_statistics_and_nothing_else(digits, held, options):

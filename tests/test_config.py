@@ -79,6 +79,7 @@ ELSEWHERE = {
     "stage2.rule": ("temperature", {"rule": "tau_norm"}),
     "stage2.value": ("temperature", {"value": 1.5}),
     "stage2.shift_epochs": ("ncm", {"shift_epochs": 1}),
+    "stage2.shift_sampler": ("ncm+shift", {"shift_sampler": "instance_balanced"}),
     "stage2.shots": ("fslwf", {"shots": 1}),
     "stage2.centroid_weight": ("oltr", {"centroid_weight": 0.1}),
     "stage2.backbone_lr": ("oltr", {"backbone_lr": None}),
@@ -318,6 +319,8 @@ def test_a_value_outside_its_range_is_refused_when_configured(changes, message):
         ("ncm", {"value": 1.0}, "got 1.0 for 'ncm'"),
         ("ncm", {"rule": "nmc"}, "unknown stage2.rule 'nmc'; did you mean 'ncm'"),
         ("ncm+shift", {"shift_epochs": 0}, "stage2.shift_epochs must be at least 1"),
+        ("ncm+shift", {"shift_sampler": "balanced"}, "unknown stage2.shift_sampler 'balanced'"),
+        ("ncm", {"shift_sampler": "reverse"}, "set stage2.shift_epochs, too"),
     ],
 )
 def test_settings_of_other_methods_are_checked_too(method, changes, message):

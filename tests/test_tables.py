@@ -2,17 +2,20 @@
 
 import json
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mislas import tables
-from mislas.study import SHIFT, Study
+from mislas.methods import configure
+from mislas.study import LEARNED, SHIFT, Study
 from mislas.tables import (
     BY_GROUP,
     by_group,
     difference,
+    learned_on,
     measures,
     paired,
     selection,
@@ -204,6 +207,33 @@ def test_measures_leave_out_a_group_without_classes(made_up):
     other.metrics["accuracy_few"] = 0.5
     frame = measures(study, "cifar10", ["ce", "mixup"], columns=BY_GROUP).frame
     assert frame["accuracy, few"].tolist() == ["–", "50.0"]
+
+
+def test_learned_on_has_a_cell_for_each_run_and_names_what_is_missing(made_up):
+    records = {"lws": made_up("cifar10-jpeg", "lws"), "ncm": made_up("cifar10-jpeg", "ncm")}
+    records["lws"].metrics.update(accuracy=0.5, accuracy_medium=0.25)
+    records["ncm"].metrics.update(accuracy=0.75, accuracy_medium=None)
+    study = Study(results_root=made_up.root)
+    study.runs = lambda dataset, method, *_: [records[method]] if method in records else []
+    rows = {"scales": [("lws", {}), ("lws+shift", {})], "means": [("ncm", {}), None]}
+    table = learned_on(study, "cifar10", rows, ("old", "new"))
+    assert table.frame.columns.tolist() == [(c, g) for c in ("old", "new") for g in ("all", "medium")]
+    assert table.frame.loc["scales"].tolist() == ["50.0", "25.0", "not measured", "not measured"]
+    assert table.frame.loc["means"].tolist() == ["75.0", "–", "", ""]
+    assert "--method lws+shift" in table.notes[0]
+
+
+@pytest.mark.parametrize("columns", list(LEARNED.values()), ids=list(LEARNED))
+def test_runs_of_a_row_differ_in_batch_norm_alone(columns):
+    for row in columns.values():
+        configs = [configure("cifar10", method, overrides=changes) for method, changes in filter(None, row)]
+        cleared = []
+        for config in configs:
+            rule = hasattr(config.stage2, "rule")
+            off = {"shift_epochs": None, "shift_sampler": None} if rule else {"shift_bn": False}
+            cleared.append(replace(config, stage2=replace(config.stage2, **off), method=""))
+        assert len({config.id for config in configs}) == len(configs)
+        assert len({config.id for config in cleared}) == 1
 
 
 def test_two_ways_show_what_their_files_have_and_leave_out_single_runs(tmp_path):

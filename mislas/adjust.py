@@ -19,7 +19,7 @@ from .data import Dataset
 from .evaluate import predict
 from .lists import ListDataset
 from .losses import check_counts, class_balanced_mean
-from .train import Options, Trained, batches_of, forward, plain_images
+from .train import Options, Trained, batches_of, forward, plain_images, progress_bar
 
 TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit adjustment: 0, 0.1, ..., 2
 
@@ -107,7 +107,7 @@ def adjust(
     if first.stage1.holdout is not None:
         train, held = data.hold_out(first.stage1.holdout)
     if first.stage2.shift_epochs:
-        shift_statistics(first, network, train, options)
+        shift_statistics(configs, network, train, options)
 
     def features_of(which: Tensor) -> Tensor:
         return predict(network, [nn.Identity()], plain_images(data, options, which))[0]
@@ -141,15 +141,20 @@ def adjust(
     return Trained(network, heads, histories, time.monotonic() - started)
 
 
-def shift_statistics(config: RunConfig, network: nn.Module, data: Dataset | ListDataset, options: Options) -> None:
+def shift_statistics(
+    configs: Sequence[RunConfig], network: nn.Module, data: Dataset | ListDataset, options: Options
+) -> None:
     """Move batch norm's running statistics over unmixed batches, class-balanced unless ``stage2.shift_sampler`` names
     other ones; weights stay (paper, section 3.3)."""
+    config = configs[0]
+    epochs = config.stage2.shift_epochs
     plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
     batches = batches_of(data, plain, "shift", config.seed, options)
     features_of = forward(network, config, options)
     network.train()
-    with torch.no_grad():
-        for epoch in range(config.stage2.shift_epochs):
+    with torch.no_grad(), progress_bar(configs, "shift", epochs * len(data.train_targets), options) as bar:
+        for epoch in range(epochs):
             for batch in batches.epoch(epoch, config.stage2.shift_sampler or "class_balanced"):
                 features_of(batch)
+                bar.update(len(batch.targets))
     network.eval()

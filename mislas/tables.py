@@ -305,6 +305,7 @@ def learned_on(
     columns: Sequence[str],
     imbalance: float = 100,
     title: str | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> Table:
     """Accuracy over all and over medium classes: what Stage-2 learns in rows, what it learns on in columns.
 
@@ -312,14 +313,16 @@ def learned_on(
         rows: for each of ``columns`` a run, as (method, changes), or None for none. See :data:`mislas.study.LEARNED`.
         columns: their titles.
         title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
+        changes: what is changed in every run.
     """
     cells: dict[tuple[str, str], list[str]] = {(column, group): [] for column in columns for group in ("all", "medium")}
     shown, missing = [], []
     for row in rows.values():
         for column, run in zip(columns, row, strict=True):
-            records = study.runs(dataset, run[0], imbalance, run[1]) if run else []
+            more = (changes or {}) | run[1] if run else {}
+            records = study.runs(dataset, run[0], imbalance, more) if run else []
             shown += records
-            missing += [run] if run and not records else []
+            missing += [(run[0], more)] if run and not records else []
             for group in ("all", "medium"):
                 cells[column, group].append(_metric(records, GROUP_METRICS[group], "not measured" if run else ""))
     frame = pd.DataFrame(cells, index=list(rows))

@@ -565,12 +565,7 @@ def _loop(
     main, every = distributed.rank() == 0, options.checkpoint_every if distributed.world() == 1 else 0.0
     started = saved = time.monotonic()
     before, first_epoch = state.seconds, state.epoch
-    bar = tqdm(
-        total=stage.epochs * images, initial=state.epoch * images, unit="img", unit_scale=True,
-        desc=_describe(configs, stage_name), mininterval=1.0, leave=False,
-        **({} if options.progress and main else {"disable": True}),  # not said otherwise, TQDM_DISABLE has its way
-    )  # fmt: skip
-    with bar:
+    with progress_bar(configs, stage_name, stage.epochs * images, options, state.epoch * images) as bar:
         for epoch in range(state.epoch, stage.epochs):
             factors = [learning_rate_factor(s, epoch) for s in stages]
             for optimizer, rates, factor in zip(optimizers, base_rates, factors, strict=True):
@@ -619,7 +614,16 @@ def _loop(
     return Trained(network, heads, state.histories, state.seconds, state.together)
 
 
-def _describe(configs: list[RunConfig], stage_name: str) -> str:
+def progress_bar(configs: Sequence[RunConfig], stage_name: str, images: int, options: Options, done: int = 0) -> tqdm:
+    """A bar that counts images; shown by the main process alone, and only if the options want one."""
+    shown = options.progress and distributed.rank() == 0
+    return tqdm(
+        total=images, initial=done, unit="img", unit_scale=True, desc=_describe(configs, stage_name), mininterval=1.0,
+        leave=False, **({} if shown else {"disable": True}),  # not said otherwise, TQDM_DISABLE has its way
+    )  # fmt: skip
+
+
+def _describe(configs: Sequence[RunConfig], stage_name: str) -> str:
     first = configs[0]
     who = first.stage1_only.method if stage_name == "stage1" else ", ".join(config.method for config in configs)
     return f"{first.dataset} IF={first.imbalance:g} {stage_name} {who} seed {first.seed}"

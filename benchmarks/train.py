@@ -187,6 +187,7 @@ RATIOS = [  # name, the time above, the time below
     ("ours against the usual loop", "usual", "ours"),
     ("ours against bare computation", "bare", "ours"),
     ("ours against the roofline", "roofline", "ours"),
+    ("ours, compiled against not", "not compiled", "ours"),
     ("{together} models together against one after another", "ours", "together"),
     ("{threads} processes at once, a thread each, against one of {threads} threads", "bare", "at once"),
     ("the grid of 21 against one run, cost", "grid", "one head"),
@@ -197,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2560, help="images in an epoch, a multiple of 128")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile the network, and compare with not doing so")
     parser.add_argument("--device")
     parser.add_argument("--together", type=int, default=2, metavar="N", help="models that train at once (default: 2)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was measured as JSON")
@@ -215,6 +216,8 @@ def main() -> None:
         "one head": stage2(grid[-1:], data, options),
         "grid": stage2(grid, data, options),
     }
+    if options.compile:
+        loops["not compiled"] = ours(data, replace(options, compile=False))
     threads = torch.get_num_threads()
     if device.type == "cpu" and threads > 1:
         loops["at once"] = at_once(threads, data, options)
@@ -238,12 +241,12 @@ def main() -> None:
                 [a / b for a, b in zip(seconds[top], seconds[bottom], strict=True)]
             )
             for name, top, bottom in RATIOS
-            if bottom in loops
+            if top in loops and bottom in loops
         },
     }
     print("{device}, torch {torch}, {threads} threads, compile={compile}".format(**found))
     for name, (middle, low, high) in found["images_per_second"].items():
-        print(f"{name:9} {middle:8.0f} images/s   ({low:.0f} .. {high:.0f})")
+        print(f"{name:12} {middle:8.0f} images/s   ({low:.0f} .. {high:.0f})")
     for name, (middle, low, high) in found["ratios"].items():
         print(f"{name}: {middle:.2f}   ({low:.2f} .. {high:.2f})")
     if arguments.save:

@@ -57,21 +57,28 @@ STATISTICS = ("Stage-1's", "plain images, as they come", "plain images, balanced
 _BALANCED = {"shift_epochs": 1}  # a running average has forgotten what it was after an epoch
 _DRAWN = _BALANCED | {"shift_sampler": "instance_balanced"}
 _CROSS_ENTROPY = {"eps_1": 0.0, "eps_k": 0.0}
-#: By Stage-1 and by what Stage-2 learns on it: the run, as (method, changes), with each of the three
-#: :data:`STATISTICS`. What learns on class-balanced batches shifts on them, too.
-LEARNED = {
-    f"Stage-1 {'with' if end else 'without'} mixup": {
+
+
+def _learned(end: str) -> dict[str, list[tuple[str, dict[str, Any]] | None]]:
+    """Rows of :data:`LEARNED` for methods whose names end so."""
+    return {
         "nothing (logit adjustment)": [(f"logit-adjustment{end}", changes) for changes in ({}, _DRAWN, _BALANCED)],
         "class means (NCM)": [(f"ncm{end}", changes) for changes in ({}, _DRAWN, _BALANCED)],
         "a scale per class (LWS)": [(f"lws{end}", {}), None, (f"lws{end}+shift", {})],
-        **({
-            "scales and ΔW": [("mislas", _CROSS_ENTROPY | {"shift_bn": False}), None, ("mislas", _CROSS_ENTROPY)],
-            "the same, smoothed (MiSLAS)": [("mislas", {"shift_bn": False}), None, ("mislas", {})],
-        } if end else {}),
         "a new classifier (cRT)": [(f"crt{end}", {}), None, (f"crt{end}+shift", {})],
     }
-    for end in ("+mixup", "")
-}  # fmt: skip
+
+
+#: By Stage-1 and by what Stage-2 learns on it: the run, as (method, changes), with each of the three
+#: :data:`STATISTICS`. What learns on class-balanced batches shifts on them, too.
+LEARNED = {
+    "Stage-1 with mixup": _learned("+mixup")
+    | {
+        "scales and ΔW": [("mislas", _CROSS_ENTROPY | {"shift_bn": False}), None, ("mislas", _CROSS_ENTROPY)],
+        "scales and ΔW, smoothed (MiSLAS)": [("mislas", {"shift_bn": False}), None, ("mislas", {})],
+    },
+    "Stage-1 without mixup": _learned(""),
+}
 
 
 def default_results_root() -> Path:

@@ -307,7 +307,7 @@ def learned_on(
     title: str | None = None,
     changes: dict[str, Any] | None = None,
 ) -> Table:
-    """Accuracy over all and over medium classes: what Stage-2 learns in rows, what it learns on in columns.
+    """Accuracy over all, medium and few classes, where there are such: what Stage-2 learns in rows, on what in columns.
 
     Args:
         rows: for each of ``columns`` a run, as (method, changes), or None for none. See :data:`mislas.study.LEARNED`.
@@ -315,20 +315,28 @@ def learned_on(
         title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
         changes: what is changed in every run.
     """
-    cells: dict[tuple[str, str], list[str]] = {(column, group): [] for column in columns for group in ("all", "medium")}
-    shown, missing = [], []
-    for row in rows.values():
-        for column, run in zip(columns, row, strict=True):
-            more = (changes or {}) | run[1] if run else {}
-            records = study.runs(dataset, run[0], imbalance, more) if run else []
-            shown += records
-            missing += [(run[0], more)] if run and not records else []
-            for group in ("all", "medium"):
-                cells[column, group].append(_metric(records, GROUP_METRICS[group], "not measured" if run else ""))
+    asked = {name: [run and (run[0], (changes or {}) | run[1]) for run in row] for name, row in rows.items()}
+    found = {
+        name: [study.runs(dataset, run[0], imbalance, run[1]) if run else [] for run in row]
+        for name, row in asked.items()
+    }
+    shown = [record for row in found.values() for records in row for record in records]
+    missing = [
+        run for name in rows for run, records in zip(asked[name], found[name], strict=True) if run and not records
+    ]
+    known = [g for g in ("all", "medium", "few") if any(r.metrics[GROUP_METRICS[g]] is not None for r in shown)]
+    cells = {
+        (column, group): [
+            _metric(found[name][place], GROUP_METRICS[group], "not measured" if asked[name][place] else "")
+            for name in rows
+        ]
+        for place, column in enumerate(columns)
+        for group in known
+    }
     frame = pd.DataFrame(cells, index=list(rows))
     caption = (
-        f"Top-1 accuracy (%) over all and over medium classes, {title or study.title(dataset)}, IF {imbalance:g}, "
-        f"{study.kind}: by what Stage-2 learns, and by batch norm's statistics."
+        f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: "
+        "by what Stage-2 learns, and by batch norm's statistics."
     )
     return _table(study, frame, caption, _commands(study, dataset, missing, imbalance), shown)
 

@@ -211,8 +211,8 @@ def test_measures_leave_out_a_group_without_classes(made_up):
 
 def test_learned_on_has_a_cell_for_each_run_and_names_what_is_missing(made_up):
     records = {"lws": made_up("cifar10-jpeg", "lws"), "ncm": made_up("cifar10-jpeg", "ncm")}
-    records["lws"].metrics.update(accuracy=0.5, accuracy_medium=0.25)
-    records["ncm"].metrics.update(accuracy=0.75, accuracy_medium=None)
+    records["lws"].metrics.update(accuracy=0.5, accuracy_medium=0.25, accuracy_few=None)
+    records["ncm"].metrics.update(accuracy=0.75, accuracy_medium=None, accuracy_few=None)
     study = Study(results_root=made_up.root)
     study.runs = lambda dataset, method, *_: [records[method]] if method in records else []
     rows = {"scales": [("lws", {}), ("lws+shift", {})], "means": [("ncm", {}), None]}

@@ -25,7 +25,7 @@ from .data import LISTS, dataset_name, spec_of, training_images, write_atomicall
 from .errors import MislasError, RecordError
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store, plan, read_record, run
-from .study import FORMS, GRID, LEARNED, SHORT
+from .study import BRIEF, FORMS, GRID, LEARNED, SHORT
 from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
@@ -88,6 +88,9 @@ def wanted(
         configs += [configure(dataset, method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
         configs.append(configure(dataset, "mislas", first, seed, WEIGHT_DECAY))
         configs += [configure(dataset, method, first, seed) for method in HELD_OUT]
+        rows, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
+        brief = [run for row in rows.values() for run in row if run]
+        configs += [configure(dataset, method, first, seed, changes | more) for method, more in brief]
     return list({config.id: config for config in configs}.values())
 
 

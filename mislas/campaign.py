@@ -25,7 +25,7 @@ from .data import LISTS, dataset_name, spec_of, training_images, write_atomicall
 from .errors import MislasError, RecordError
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store, plan, read_record, run
-from .study import BRIEF, FORMS, GRID, LEARNED, SHORT
+from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows
 from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
@@ -59,11 +59,10 @@ def wanted(
 
     At each imbalance factor Table 3's rows; what costs little beside them, on the same Stage-1: the grid and the forms
     of label-aware smoothing, the authors' variants, the controls of Table 1 and of Figure 6
-    (:data:`mislas.study.LEARNED`); the balanced model; Table 3's
-    other methods; what open questions ask at the first imbalance factor; then the same for the next seed. Of a dataset
-    of list files it is what its tables and figures have, with their backbones; it has one imbalance factor. Of
-    Tiny-ImageNet at 64 pixels it is the same as of ImageNet-LT, at imbalance factor 100, after Table 1's rows on
-    :data:`mislas.study.SHORT`, and the balanced model.
+    (:data:`mislas.study.LEARNED`); the balanced model; Table 3's other methods; what open questions ask at the first
+    imbalance factor; then the same for the next seed. Of a dataset of list files it is what its tables and figures
+    have, with their backbones; it has one imbalance factor. Of Tiny-ImageNet at 64 pixels it is the same as of
+    ImageNet-LT, at imbalance factor 100, after Table 1's rows on :data:`mislas.study.SHORT`, and the balanced model.
     """
     large = dataset_name(dataset) in (*LISTS, "tinyimagenet64")
     imbalances = imbalances or ((None,) if large else (100, 50, 10))
@@ -80,8 +79,8 @@ def wanted(
         configs += [configure(dataset, method, imbalance, seed) for imbalance in imbalances for method in TABLE_3]
         for imbalance in imbalances:
             configs += [configure(dataset, "mislas", imbalance, seed, changes) for changes in GRID + FORMS + AUTHORS]
-            shifted = [run for rows in LEARNED.values() for row in rows.values() for run in row if run]
-            configs += [configure(dataset, method, imbalance, seed, changes) for method, changes in shifted]
+            for rows in LEARNED.values():
+                configs += [configure(dataset, method, imbalance, seed, changes) for method, changes in _runs(rows)]
             configs += [configure(dataset, m, imbalance, seed, STAGE2_MIXUP) for m in ("crt+mixup", "lws+mixup")]
             configs += [configure(dataset, method, imbalance, seed) for method in RULES]
         configs.append(configure(dataset, "ce", 1, seed))
@@ -89,9 +88,13 @@ def wanted(
         configs.append(configure(dataset, "mislas", first, seed, WEIGHT_DECAY))
         configs += [configure(dataset, method, first, seed) for method in HELD_OUT]
         rows, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
-        brief = [run for row in rows.values() for run in row if run]
-        configs += [configure(dataset, method, first, seed, changes | more) for method, more in brief]
+        configs += [configure(dataset, method, first, seed, changes | more) for method, more in _runs(rows)]
     return list({config.id: config for config in configs}.values())
+
+
+def _runs(rows: Rows) -> list[tuple[str, dict[str, Any]]]:
+    """The runs of rows such as :data:`mislas.study.LEARNED` has, without the blanks."""
+    return [run for row in rows.values() for run in row if run]
 
 
 def _large(dataset: str) -> list[tuple[str, dict[str, Any]]]:

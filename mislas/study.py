@@ -54,16 +54,25 @@ SHORT = {"backbone": "resnet10", "stage1.epochs": 30}
 SHIFT = {"stage2.shift_bn": True}
 #: Batch norm's statistics of a frozen backbone: left alone, or those of plain images, drawn in two ways.
 STATISTICS = ("Stage-1's", "plain images, as they come", "plain images, balanced classes")
-_BALANCED = {"shift_epochs": 1}  # a running average has forgotten what it was after an epoch
-_DRAWN = _BALANCED | {"shift_sampler": "instance_balanced"}
+BALANCED = {"shift_epochs": 1}  # a running average has forgotten what it was after an epoch
+DRAWN = BALANCED | {"shift_sampler": "instance_balanced"}
 _CROSS_ENTROPY = {"eps_1": 0.0, "eps_k": 0.0}
 
 
-def _learned(end: str) -> dict[str, list[tuple[str, dict[str, Any]] | None]]:
-    """Rows of :data:`LEARNED` for methods whose names end so."""
+Rows = dict[str, list[tuple[str, dict[str, Any]] | None]]
+
+
+def _rules(end: str) -> Rows:
+    """Rows of :data:`LEARNED` without gradients, for methods whose names end so."""
     return {
-        "nothing (logit adjustment)": [(f"logit-adjustment{end}", changes) for changes in ({}, _DRAWN, _BALANCED)],
-        "class means (NCM)": [(f"ncm{end}", changes) for changes in ({}, _DRAWN, _BALANCED)],
+        "nothing (logit adjustment)": [(f"logit-adjustment{end}", changes) for changes in ({}, DRAWN, BALANCED)],
+        "class means (NCM)": [(f"ncm{end}", changes) for changes in ({}, DRAWN, BALANCED)],
+    }
+
+
+def _learned(end: str) -> Rows:
+    """Rows of :data:`LEARNED` that every Stage-1 has, for methods whose names end so."""
+    return _rules(end) | {
         "a scale per class (LWS)": [(f"lws{end}", {}), None, (f"lws{end}+shift", {})],
         "a new classifier (cRT)": [(f"crt{end}", {}), None, (f"crt{end}+shift", {})],
     }
@@ -79,12 +88,10 @@ LEARNED = {
     },
     "Stage-1 without mixup": _learned(""),
 }
-_RULES = {name: row for name, row in _learned("").items() if "(NCM)" in name or "nothing" in name}
 #: The same after a short Stage-1, by dataset: rows and changes. With many classes, and, as a control, with few.
 BRIEF = {
     "tinyimagenet32": (_learned(""), {"stage1.epochs": 20}),
-    "cifar10": (_RULES, {"stage1.epochs": 10}),
-    "cifar10-jpeg": (_RULES, {"stage1.epochs": 10}),
+    **dict.fromkeys(("cifar10", "cifar10-jpeg"), (_rules(""), {"stage1.epochs": 10})),
 }
 
 

@@ -22,7 +22,7 @@ from .config import RunConfig
 from .data import groups
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store
-from .study import Study
+from .study import Rows, Study
 
 DASH = "–"
 
@@ -301,7 +301,7 @@ def _commands(study: Study, dataset: str, missing: Sequence[tuple[str, dict[str,
 def learned_on(
     study: Study,
     dataset: str,
-    rows: dict[str, Sequence[tuple[str, dict[str, Any]] | None]],
+    rows: Rows,
     columns: Sequence[str],
     imbalance: float = 100,
     title: str | None = None,
@@ -315,24 +315,21 @@ def learned_on(
         title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
         changes: what is changed in every run.
     """
-    asked = {name: [run and (run[0], (changes or {}) | run[1]) for run in row] for name, row in rows.items()}
-    found = {
-        name: [study.runs(dataset, run[0], imbalance, run[1]) if run else [] for run in row]
-        for name, row in asked.items()
+    asked = {
+        (name, column): run and (run[0], (changes or {}) | run[1])
+        for name, row in rows.items()
+        for column, run in zip(columns, row, strict=True)
     }
-    shown = [record for row in found.values() for records in row for record in records]
-    missing = [
-        run for name in rows for run, records in zip(asked[name], found[name], strict=True) if run and not records
-    ]
+    found = {cell: study.runs(dataset, run[0], imbalance, run[1]) if run else [] for cell, run in asked.items()}
+    shown = [record for records in found.values() for record in records]
+    missing = [run for cell, run in asked.items() if run and not found[cell]]
     known = [g for g in ("all", "medium", "few") if any(r.metrics[GROUP_METRICS[g]] is not None for r in shown)]
-    cells = {
-        (column, group): [
-            _metric(found[name][place], GROUP_METRICS[group], "not measured" if asked[name][place] else "")
+    cells = {}
+    for column, group in itertools.product(columns, known):
+        cells[column, group] = [
+            _metric(found[name, column], GROUP_METRICS[group], "not measured" if asked[name, column] else "")
             for name in rows
         ]
-        for place, column in enumerate(columns)
-        for group in known
-    }
     frame = pd.DataFrame(cells, index=list(rows))
     caption = (
         f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: "

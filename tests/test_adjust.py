@@ -162,15 +162,14 @@ def test_shifted_statistics_are_those_of_the_sampled_images(digits, held, option
     changes = {"epochs": 6, "holdout": 0.1, "shift_epochs": 10, "shift_sampler": sampler}
     config = configure("digits", "ncm+shift", 50, overrides=changes)
     network = copy.deepcopy(held[0])
-    first = next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+    first = network.bn
     first.momentum = None  # a plain average in place of a moving one
     first.reset_running_stats()
     unmoved = copy.deepcopy(network)
     monkeypatch.setitem(SPECS, "digits", replace(digits.spec, padding=0))  # no augmentation
     adjust([config], (network, held[1]), digits, options)
     train, maps = digits.hold_out(0.1)[0], []
-    layer = next(module for module in unmoved.modules() if isinstance(module, nn.BatchNorm2d))
-    layer.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0].mean(dim=(2, 3))))
+    unmoved.bn.register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0].mean(dim=(2, 3))))
     predict(unmoved, [nn.Identity()], Images(train.train_images, digits.spec.mean, digits.spec.std, padding=0))
     maps = torch.cat(maps).double()
     balanced = torch.stack([maps[train.train_targets == k].mean(0) for k in range(10)]).mean(0)

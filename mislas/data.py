@@ -55,7 +55,7 @@ class Spec:
 
 
 SPECS: dict[str, Spec] = {
-    "digits": Spec("digits", 10, 16, 124, (0.3053,) * 3, (0.3760,) * 3, padding=1, flip=False, files="bundled"),
+    "digits": Spec("digits", 10, 8, 124, (0.3053,) * 3, (0.3760,) * 3, padding=1, flip=False, files="bundled"),
     "cifar10": Spec("CIFAR-10", 10, 32, 5000, files="torchvision"),
     "cifar100": Spec("CIFAR-100", 100, 32, 500, files="torchvision"),
     "cifar10-jpeg": Spec("CIFAR-10 (JPEG)", 10, 32, 5000),
@@ -343,12 +343,11 @@ Splits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], tup
 
 @lru_cache(maxsize=1)
 def _digits() -> Splits:
-    """scikit-learn's handwritten digits, doubled to 16x16: of every class the last 50 images are the test set."""
+    """scikit-learn's handwritten digits, 8x8: of every class the last 50 images are the test set."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.repeat(np.repeat(digits.images, 2, axis=1), 2, axis=2)
-    images = np.repeat(np.rint(images * (255 / 16)).astype(np.uint8)[..., None], 3, axis=3)
+    images = np.repeat(np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None], 3, axis=3)
     test = np.zeros(len(images), bool)
     for k in range(10):
         test[np.flatnonzero(digits.target == k)[-50:]] = True

@@ -60,7 +60,7 @@ SETTINGS: dict[str, Settings] = {
     "generated": Settings(  # JPEG files and list files, small enough for tests; not from the paper
         _LARGE1 | dict(weight_decay=5e-4, epochs=5, batch_size=32, lr=0.05),
         _LARGE2 | dict(weight_decay=5e-4, epochs=2, batch_size=32),
-        delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet10", precision="fp32",
+        delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet8", precision="fp32",
     ),
     "digits": Settings(  # small enough for a laptop and for tests; not from the paper
         dict(epochs=20, batch_size=32, lr=0.1, weight_decay=2e-4, schedule="multistep", warmup=2),

@@ -86,7 +86,7 @@ def test_a_group_may_be_empty():
 
 def test_digits_need_no_files_and_are_long_tailed():
     digits = load("digits", imbalance=10)
-    assert digits.train_images.shape == (sum(digits.class_counts), 16, 16, 3)
+    assert digits.train_images.shape == (sum(digits.class_counts), 8, 8, 3)
     assert digits.class_counts == tuple(int(124 * 0.1 ** (k / 9)) for k in range(10))
     assert torch.bincount(digits.test_targets).tolist() == [50] * 10
     assert available("digits", "/nowhere")
@@ -99,7 +99,7 @@ def test_digits_are_scikit_learns_and_no_image_is_in_both_splits():
     originals = np.rint(load_digits().images * 255 / 16).astype(np.uint8)
     known = {image.tobytes() for image in originals}
     splits = (digits.train_images, digits.test_images)
-    train, test = ([image.tobytes() for image in images[:, ::2, ::2, 0].numpy()] for images in splits)
+    train, test = ([image.tobytes() for image in images[..., 0].numpy()] for images in splits)
     assert known.issuperset(train + test)
     assert not set(train) & set(test)
 

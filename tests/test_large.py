@@ -25,7 +25,7 @@ from mislas.train import ListBatches, Options, OutOfTime, batches_of, host_rng, 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding.*:DeprecationWarning")
 
 OPTIONS = Options(device="cpu", progress=False, workers=0)
-QUICK = {"stage1.epochs": 3, "stage2.epochs": 1, "backbone": "resnet8"}
+QUICK = {"stage1.epochs": 3, "stage2.epochs": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,8 +131,8 @@ def test_batches_say_where_their_images_are(data):
 
 
 def test_two_branches_take_a_torchvision_backbone(data):
-    config = configure("generated", "bbn", overrides={"stage1.epochs": 1, "stage1.batch_size": 128})
-    assert config.backbone == "resnet10"
+    changes = {"backbone": "resnet10", "stage1.epochs": 1, "stage1.batch_size": 128}
+    config = configure("generated", "bbn", overrides=changes)
     trained = train_stage1(config, data, OPTIONS)
     assert trained.heads[0].weight.shape == (6, 1024)
     assert np.isfinite(trained.histories[0][0]["train_loss"])

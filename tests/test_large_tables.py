@@ -57,7 +57,7 @@ def test_tiny_trains_on_files_where_the_paper_does():
     study = Study("tiny")
     assert (study.datasets("places-lt"), study.datasets("cifar100")) == (("generated",), ("digits",))
     assert study.title("imagenet-lt") == "generated JPEG files"
-    assert study.networks("places-lt", ["resnet50", "resnet152"]) == {"ResNet-10": {"backbone": "resnet10"}}
+    assert study.networks("places-lt", ["resnet50", "resnet152"]) == {"ResNet-8": {"backbone": "resnet8"}}
     assert study.neighbours("imagenet-lt") == {}
     assert study.options.workers == 0
 

@@ -16,6 +16,7 @@ PARAMETERS = ["profile", "data_root", "results_root", "seeds", "device", "overri
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+@pytest.mark.notebooks
 @every_notebook
 def test_runs_in_tiny_and_prints_the_same_again(path, tmp_path, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "1")  # rates and times differ from run to run

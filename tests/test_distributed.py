@@ -181,7 +181,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(found):
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 # At the usual learning rates rounding grows within some epochs to what another seed would do.
-SETTINGS = {"precision": "fp32", "stage1.epochs": 3, "stage2.epochs": 2, "stage1.lr": 0.001, "stage2.lr": 0.01}
+SETTINGS = {"backbone": "resnet10", "stage1.epochs": 3, "stage2.epochs": 2, "stage1.lr": 0.001, "stage2.lr": 0.01}
 
 
 def torchrun(store, *more, **kwargs):

@@ -418,7 +418,7 @@ def provenance(data: Dataset | ListDataset, options: Options, seconds: float) ->
         "torch": torch.__version__,
         "numpy": np.__version__,
         "compile": options.compile,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "data": data.name,
         "data_checksum": data.checksum,
         "class_counts": list(data.class_counts),

@@ -548,7 +548,11 @@ def _loop(
     train_mode: bool,
     together: int = 1,
 ) -> Run:
-    """Optimise heads (and what else is in ``groups``) on the losses that ``steps(epoch)`` yields, one per head."""
+    """Optimise heads (and what else is in ``groups``) on the losses that ``steps(epoch)`` yields, one per head.
+
+    Raises:
+        MislasError: a run diverged. Its checkpoint, if it has one, is of an epoch before.
+    """
     stages = [getattr(config, stage_name) for config in configs]
     stage, device = stages[0], options.torch_device()
     optimizers = [
@@ -591,6 +595,7 @@ def _loop(
             rows = [{"epoch": epoch + 1, "lr": s.lr * factor} for s, factor in zip(stages, factors, strict=True)]
             for row, total in zip(rows, (totals / images).tolist(), strict=True):
                 row["train_loss"] = round(total, 5)
+            _check_finite(configs, stage_name, rows)
             last = epoch + 1 == stage.epochs
             if evaluate is not None and not last and (epoch + 1) % options.eval_every == 0:
                 for row, found in zip(rows, evaluate(network, heads), strict=True):
@@ -612,6 +617,17 @@ def _loop(
                 raise OutOfTime(f"stopped after epoch {epoch + 1} of {stage.epochs}")
     network.eval()
     return Trained(network, heads, state.histories, state.seconds, state.together)
+
+
+def _check_finite(configs: Sequence[RunConfig], stage_name: str, rows: Sequence[dict[str, float]]) -> None:
+    """Stop a run that diverged before it is checkpointed, not after the hours that are left of it."""
+    for config, row in zip(configs, rows, strict=True):
+        if not math.isfinite(row["train_loss"]):
+            raise MislasError(
+                f"{_describe([config], stage_name)} diverged: its mean loss in epoch {row['epoch']} is "
+                f"{row['train_loss']}; try a learning rate below {getattr(config, stage_name).lr:g}: "
+                f"--set {stage_name}.lr=NUMBER"
+            )
 
 
 def progress_bar(configs: Sequence[RunConfig], stage_name: str, images: int, options: Options, done: int = 0) -> tqdm:

@@ -442,6 +442,18 @@ def test_out_of_time_stops_after_an_epoch_with_a_checkpoint(digits, options, tmp
     assert torch.load(tmp_path / "checkpoint")["epoch"] == 1
 
 
+@pytest.mark.parametrize("methods", [["ce"], ["lws+las", "lws"]])
+def test_a_run_that_diverges_stops_at_once_and_says_which_rate_to_lower(digits, options, stage1, tmp_path, methods):
+    stage = f"stage{len(methods)}"
+    configs = [digits_config(method) for method in methods]
+    configs[-1] = configs[-1].override({f"{stage}.lr": 1e30})
+    path, options = tmp_path / "run.ckpt", replace(options, checkpoint_every=0)
+    start = (train_stage1, configs[0]) if stage == "stage1" else (train_stage2, configs, stage1)
+    with pytest.raises(MislasError, match=rf"{stage} {methods[-1]} seed 0 diverged.*--set {stage}.lr="):
+        start[0](*start[1:], digits, options, path)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
 def test_a_checkpoint_cut_short_is_refused_and_left_alone(digits, options, tmp_path, keep):
     config, path = digits_config("ce", epochs=1), tmp_path / "run.ckpt"

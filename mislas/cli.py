@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from . import __version__, cluster, distributed
@@ -45,8 +46,8 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 for data that fail a check, or 2 after an error that the
-    user can mend."""
+    """Run the command line; returns the exit status: 0, 1 for data that fail a check, 2 after an error that the
+    user can mend, or 130 if stopped."""
     arguments = _parser().parse_args(argv)
     first = int(os.environ.get("RANK", 0)) == 0  # of the processes that train together
     warnings.showwarning = lambda message, *_: first and print(f"mislas: warning: {message}", file=sys.stderr)
@@ -63,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         sys.stderr.close()
+    except (OSError, torch.OutOfMemoryError) as error:  # a full disk, a folder that cannot be written, a small GPU
+        reason = " ".join(str(error).split())
+        print(f"mislas: {reason}; nothing is lost: once that is mended, the same command goes on", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -479,7 +479,11 @@ def _decode_tree(name: str, source: Path, members: Callable[[], Iterator[tuple[s
 
 
 def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
-    """Call ``write`` on a temporary file beside ``path``, flush it to disk, then rename it into place."""
+    """Call ``write`` on a temporary file beside ``path``, flush it to disk, then rename it into place.
+
+    Raises:
+        OSError: it cannot be written; ``path`` is as it was, and the error names it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -488,5 +492,9 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> 
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say which
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)

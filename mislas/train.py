@@ -8,6 +8,7 @@ exactly as it would be alone.
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -668,7 +669,9 @@ class _State:
             "heads": [head.state_dict() for head in self.heads],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        write_atomically(path, lambda handle: torch.save(content, handle))
+        buffer = io.BytesIO()  # into a file, torch.save would not say that the disk is full
+        torch.save(content, buffer)
+        write_atomically(path, lambda handle: handle.write(buffer.getbuffer()))
 
     def load(self, path: Path, configs: list[RunConfig]) -> None:
         try:

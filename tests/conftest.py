@@ -105,3 +105,20 @@ def made_up(tmp_path):
 
     put.root = store.root
     return put
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file can grow beyond 50 kB."""
+    resource = pytest.importorskip("resource", reason="limits the size of files")
+
+    @contextmanager
+    def limited():
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from mislas.cli import main, parse_overrides
 
@@ -43,6 +44,25 @@ def test_eval_of_a_two_stage_run_uses_stored_predictions(store, capsys):
     out = capsys.readouterr().out
     assert f"accuracy {accuracy}" in out
     assert "(5 bins)" in out
+
+
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    command = ["train", "--dataset", "digits", "--method", "ce", "--results-root", str(tmp_path / "file"), *QUICK]
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"Not a directory: '{tmp_path / 'file'}" in line
+    assert "the same command goes on" in line
+
+
+def test_a_gpu_that_is_too_small_is_one_line(store, capsys, monkeypatch):
+    def run(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr("mislas.cli.run", run)
+    assert main(["train", "--dataset", "digits", "--method", "ce", "--results-root", store, *QUICK]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB." in line
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import io
 import pickle
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -369,3 +370,11 @@ def test_a_write_that_fails_midway_changes_nothing(tmp_path, before):
     with pytest.raises(RuntimeError):
         write_atomically(path, write)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({"file": before} if before else {})
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full_disk):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with full_disk(), pytest.raises(OSError, match=re.escape(str(path))):
+        write_atomically(path, lambda handle: handle.write(bytes(10**5)))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import re
 import shutil
 import time
 import warnings
@@ -452,6 +453,13 @@ def test_a_run_that_diverges_stops_at_once_and_says_which_rate_to_lower(digits, 
     with pytest.raises(MislasError, match=rf"{stage} {methods[-1]} seed 0 diverged.*--set {stage}.lr="):
         start[0](*start[1:], digits, options, path)
     assert not path.exists()
+
+
+def test_a_full_disk_is_told_from_other_errors(digits, options, tmp_path, full_disk):
+    path = tmp_path / "run.ckpt"
+    with full_disk(), pytest.raises(OSError, match=re.escape(str(path))):
+        train_stage1(digits_config("ce"), digits, replace(options, checkpoint_every=0), path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])

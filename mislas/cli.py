@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from . import __version__, cluster, distributed
 from .campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
 from .config import RunConfig, field_names, takes_text
 from .data import LISTS, SPECS, load
-from .errors import MislasError, RecordError, unknown
+from .errors import MislasError, RecordError
 from .evaluate import BINS, predict, summarise
 from .lists import check, load_lists
 from .methods import METHODS, configure
@@ -405,12 +406,14 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def find_run(store: Store, prefix: str) -> Record:
     """The one run whose identity begins with ``prefix``."""
-    found = [record for record in store if record.config.id.startswith(prefix)]
+    known = {record.config.id: record for record in store}
+    found = [identity for identity in known if identity.startswith(prefix)]
     if len(found) == 1:
-        return found[0]
-    if found:
-        raise MislasError(f"run {prefix!r} is ambiguous: {', '.join(record.config.id for record in found)}")
-    unknown("run", prefix, [record.config.id for record in store] or ["none; the store is empty"])
+        return known[found[0]]
+    said = f"{len(found)} runs begin with {prefix!r}" if found else f"unknown run {prefix!r}"
+    near = found[:3] or difflib.get_close_matches(prefix, known, cutoff=0.8)
+    hint = f" ({', '.join(near)}{', ...' * (len(found) > 3)})" if near else ""
+    raise MislasError(f"{said}{hint}; 'mislas list' shows the {len(known)} runs of the store {store.root}")
 
 
 def _eval(arguments: argparse.Namespace) -> None:

@@ -89,11 +89,18 @@ def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, capsys
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_an_unknown_run_says_what_there_is(store, tmp_path, capsys):
-    assert main(["show", "zzz", "--results-root", store]) == 2
-    assert "unknown run 'zzz'" in capsys.readouterr().err
-    assert main(["show", "zzz", "--results-root", str(tmp_path)]) == 2
-    assert "the store is empty" in capsys.readouterr().err
+def test_a_run_that_is_not_one_says_where_to_look(store, tmp_path, capsys):
+    identity = printed_runs(capsys, store)[0][0]
+    for prefix, root, message in [
+        ("zzz", store, f"unknown run 'zzz'; 'mislas list' shows the 2 runs of the store {store}"),
+        ("zzz", str(tmp_path), f"unknown run 'zzz'; 'mislas list' shows the 0 runs of the store {tmp_path}"),
+        (identity[:-1] + "z", store, f"unknown run '{identity[:-1]}z' ({identity}); "),
+        ("", store, "2 runs begin with ''"),
+    ]:
+        assert main(["show", prefix, "--results-root", root]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
 
 
 def test_values_of_set_are_json_or_text():

@@ -5,6 +5,7 @@ import shutil
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -449,9 +450,9 @@ def test_a_run_that_diverges_stops_at_once_and_says_which_rate_to_lower(digits, 
     configs = [digits_config(method) for method in methods]
     configs[-1] = configs[-1].override({f"{stage}.lr": 1e30})
     path, options = tmp_path / "run.ckpt", replace(options, checkpoint_every=0)
-    start = (train_stage1, configs[0]) if stage == "stage1" else (train_stage2, configs, stage1)
+    start = partial(train_stage1, configs[0]) if stage == "stage1" else partial(train_stage2, configs, stage1)
     with pytest.raises(MislasError, match=rf"{stage} {methods[-1]} seed 0 diverged.*--set {stage}.lr="):
-        start[0](*start[1:], digits, options, path)
+        start(digits, options, path)
     assert not path.exists()
 
 

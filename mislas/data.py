@@ -287,9 +287,11 @@ def load(
 
     Args:
         name: a key of :data:`SPECS`, where a suffix ``-lt`` is accepted, or of :data:`LISTS`.
-        data_root: folder with the files. ``cifar10``: torchvision's ``cifar-10-batches-py``. Others of :data:`SPECS`:
-            an image tree ``NAME/train/<class>/*`` and ``NAME/test/<class>/*``, a folder or ``NAME.tar[.xz|.gz]``.
-            Those of :data:`LISTS`: see :func:`mislas.lists.load_from`. ``digits`` and ``generated`` need none.
+        data_root: folder with the files. ``cifar10``: torchvision's ``cifar-10-batches-py``, or the same images in
+            CIFAR-10's binary version, ``cifar-10-batches-bin``; ``cifar100``: ``cifar-100-python``. Others of
+            :data:`SPECS`: an image tree ``NAME/train/<class>/*`` and ``NAME/test/<class>/*``, a folder or
+            ``NAME.tar[.xz|.gz]``. Those of :data:`LISTS`: see :func:`mislas.lists.load_from`. ``digits`` and
+            ``generated`` need none.
         imbalance: IF = N_max / N_min >= 1; 1 keeps everything. Lists are long-tailed as they are: no parameter there.
         download: fetch CIFAR-10/100 into ``data_root`` if missing; torchvision verifies the checksum.
 
@@ -308,7 +310,12 @@ def load(
     elif data_root is None:
         raise DataError(f"dataset {name!r} needs data_root, the folder that holds its files; 'digits' needs none")
     elif spec.files == "torchvision":
-        splits = _torchvision(name, str(data_root), download)
+        folders = [Path(data_root) / folder for folder in CIFAR_FOLDERS[name]]
+        there = next((folder for folder in folders if folder.is_dir()), None)
+        if there and there.name == BINARY and not download:
+            splits = _binary(there)
+        else:
+            splits = _torchvision(name, str(data_root), download)
     else:
         splits = _tree(name, str(data_root))
     (train_images, train_targets), (test_images, test_targets), class_names = splits
@@ -334,9 +341,24 @@ def available(name: str, data_root: str | os.PathLike) -> bool:
             return bool(_find_place(name, Path(data_root)))
         except DataError:
             return False
-    folder = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}.get(name)
-    return folder is None or (Path(data_root) / folder).is_dir()
+    folders = CIFAR_FOLDERS.get(name)
+    return folders is None or any((Path(data_root) / folder).is_dir() for folder in folders)
 
+
+#: CIFAR-10's binary version.
+BINARY = "cifar-10-batches-bin"
+#: Where CIFAR's files may lie under ``data_root``, most wanted first.
+CIFAR_FOLDERS = {"cifar10": ("cifar-10-batches-py", BINARY), "cifar100": ("cifar-100-python",)}
+#: In the order of their labels, which is the alphabet's.
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_BINARY_SHA256 = {
+    "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+    "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+    "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+    "data_batch_4.bin": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+    "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+    "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+}
 
 Splits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], tuple[str, ...]]
 
@@ -368,6 +390,25 @@ def _torchvision(name: str, data_root: str, download: bool) -> Splits:
             f"pass --download, or use the image tree as '{name}-jpeg'"
         ) from error
     return (train.data, np.array(train.targets)), (test.data, np.array(test.targets)), tuple(train.classes)
+
+
+@lru_cache(maxsize=1)
+def _binary(folder: Path) -> Splits:
+    """CIFAR-10's binary version: of each image a byte with its class, then its red, green and blue pixels."""
+    parts = []
+    for name, checksum in _BINARY_SHA256.items():
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read {folder / name} ({error.strerror}); unpack CIFAR-10 again") from error
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise DataError(f"{folder / name} is not CIFAR-10's: its SHA-256 is another; unpack or download it again")
+        parts.append(np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32))
+    train, test = (
+        (np.ascontiguousarray(rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), rows[:, 0].astype(np.int64))
+        for rows in (np.concatenate(parts[:-1]), parts[-1])
+    )
+    return train, test, CIFAR10_CLASSES
 
 
 @lru_cache(maxsize=2)

@@ -103,7 +103,8 @@ def reliability_figure(
         title: what the figure calls the dataset; default :meth:`mislas.study.Study.title`.
         changes: what is changed in every run.
     """
-    if not any(study.runs(dataset, method, imbalance, changes) for _, method, imbalance in panels):
+    found = study.side_by_side(dataset, [(method, imbalance, changes or {}) for _, method, imbalance in panels])
+    if not any(found):
         return _nothing(study, dataset, title)
     rows = -(-len(panels) // columns)
     shown = []
@@ -111,9 +112,8 @@ def reliability_figure(
         size = (3.2 * columns, 3.5 * rows)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         flat = axes.ravel()
-        for i, (ax, (heading, method, imbalance)) in enumerate(zip(flat, panels, strict=False)):
+        for i, (ax, (heading, _, _), records) in enumerate(zip(flat, panels, found, strict=False)):
             ax.set_title(heading)
-            records = study.runs(dataset, method, imbalance, changes)
             if records:
                 shown.append(records[0])
                 bins = records[0].predictions().reliability()
@@ -147,8 +147,9 @@ def missing_commands(
 ) -> list[str]:
     """The commands that measure the panels that nobody has measured yet, and what they cost; see :func:`how_to`."""
     missing: dict[float | None, list[str]] = {}
-    for _, method, imbalance in panels:
-        if not study.runs(dataset, method, imbalance, changes):
+    found = study.side_by_side(dataset, [(method, imbalance, changes or {}) for _, method, imbalance in panels])
+    for (_, method, imbalance), records in zip(panels, found, strict=True):
+        if not records:
             missing.setdefault(imbalance, []).append(method)
     return [how_to(study, dataset, methods, changes, imbalance) for imbalance, methods in missing.items()]
 
@@ -220,7 +221,8 @@ def violin_figure(
         study: whose runs to show, first seed of each.
         methods: two legends and methods, the upper half first.
     """
-    found = {name: study.runs(dataset, method, imbalance)[:1] for name, method in methods.items()}
+    measured = study.side_by_side(dataset, [(method, imbalance, {}) for method in methods.values()])
+    found = {name: records[:1] for name, records in zip(methods, measured, strict=True)}
     shown = [record for records in found.values() for record in records]
     if not shown:
         return _nothing(study, dataset, title)
@@ -329,7 +331,8 @@ def shift_figure(
     Args:
         before, after: the runs, as (method, changes).
     """
-    old, new = paired(*(study.runs(dataset, method, imbalance, changes) for method, changes in (before, after)))
+    asked = [(method, imbalance, changes) for method, changes in (before, after)]
+    old, new = paired(*study.side_by_side(dataset, asked))
     if not old:
         return _nothing(study, dataset, title)
     a, b = old[0].arrays(), new[0].arrays()

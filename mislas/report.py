@@ -242,7 +242,7 @@ NOT_MEASURED = "not measured"
 
 
 def _sides(study: Study, dataset: str, c: Comparison) -> list[list[Record]]:
-    return [study.runs(dataset, side.method, side.imbalance, side.changes) for side in (c.new, c.old)]
+    return study.side_by_side(dataset, [(side.method, side.imbalance, side.changes) for side in (c.new, c.old)])
 
 
 def _provenance(study: Study, shown: Sequence[Record]) -> str:

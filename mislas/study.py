@@ -3,6 +3,7 @@
 study = Study("stored")
 study.runs("cifar10", "mislas", imbalance=100)     # the records, one per seed; none if never measured
 study.sweep("cifar10", "mislas", GRID)             # the same for each of several changes, trained together
+study.side_by_side("cifar10", [("ce", 100, {}), ("mislas", 100, {})])    # runs to compare: all on the same images
 study.neighbours("cifar100")                       # what is measured beside a dataset that may be out of reach
 """
 
@@ -241,6 +242,19 @@ class Study:
             candidates = (self._stored(candidate, name, imbalance, changes) for candidate in self.datasets(dataset))
             found += next((list(records.values()) for records in candidates if records), [])
         return found
+
+    def side_by_side(
+        self, dataset: str, asked: Sequence[tuple[str, float | None, dict[str, Any]]]
+    ) -> list[list[Record]]:
+        """What :meth:`runs` gives for each of several runs that are to be compared, as (method, imbalance, changes).
+
+        What is stored is taken from the one of :meth:`datasets` that has most of them, the exact one if they are equal:
+        a method on a dataset and another on its stand-in differ in more than the method.
+        """
+        if self.trains(dataset):
+            return [self.runs(dataset, *run) for run in asked]
+        measured = [[list(self._stored(name, *run).values()) for run in asked] for name in self.datasets(dataset)]
+        return max(measured, key=lambda found: sum(map(bool, found)))
 
     def sweep(
         self, dataset: str, method: str, changes: Sequence[dict[str, Any]], imbalance: float | None = None

@@ -94,7 +94,9 @@ def compare(
     """Top-1 accuracy and ECE of methods on one dataset: the paper's beside ours, per imbalance factor.
 
     With the tiny profile the paper's numbers are left out: a smoke run is never set beside them. Where the paper has
-    none, so is their column. A cell that has not been measured says so; the note under the table names the command.
+    none, so is their column, and what is measured comes from one dataset (:meth:`mislas.study.Study.side_by_side`).
+    Beside the paper's, a cell comes from the exact dataset where that is measured; if others of the table do not, these
+    are marked. A cell that has not been measured says so; the note under the table names the command.
 
     Args:
         study: whose runs to show.
@@ -113,21 +115,26 @@ def compare(
     rows = known if tiny else list(methods)
     if study.profile != "stored":
         study.runs(dataset, known, imbalances[0])  # train what shares a pass together
-    notes, columns, shown = [], {}, []
+    found: dict[tuple[float, str], list[Record]] = {}
+    for imbalance in imbalances:
+        if study.profile != "stored":
+            study.runs(dataset, known, imbalance)
+        asked = [(method, imbalance, {}) for method in known]
+        measured = [study.runs(dataset, *run) for run in asked] if beside else study.side_by_side(dataset, asked)
+        found |= {(imbalance, method): records for method, records in zip(known, measured, strict=True)}
+    shown = [record for records in found.values() for record in records]
+    notes, columns = [], {}
     marks = iter(string.ascii_lowercase)
     for imbalance in imbalances:
         head = f"IF {imbalance:g}"
         missing: list[str] = []
         mark = None
         accuracy, ece = [], []
-        if study.profile != "stored":
-            study.runs(dataset, known, imbalance)
         for method in rows:
-            records = study.runs(dataset, method, imbalance) if method in METHODS else []
-            shown += records
+            records = found.get((imbalance, method), [])
             if records:
                 many = f" (n={len(records)})" if len(records) > 1 else ""
-                accuracy.append(percent([r.metrics["accuracy"] for r in records]) + many)
+                accuracy.append(percent([r.metrics["accuracy"] for r in records]) + many + _star(records, shown))
                 ece.append(percent([r.metrics["ece"] for r in records]))
             elif method in METHODS:
                 mark = mark or next(marks)
@@ -153,11 +160,25 @@ def compare(
             "they show that the code runs, not what the paper found."
         )
     else:
-        used = sorted({record.config.dataset for record in shown})
-        on = f"measured on {', '.join(used)}, with the measured ECE (%)" if used else "nothing measured yet"
+        on = f"{_measured_on(shown)}, with the measured ECE (%)" if shown else "nothing measured yet"
         said = "paper, and " if beside else ""
         caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said}{on}."
     return _table(study, frame, caption, notes, shown, beside)
+
+
+def _star(records: Sequence[Record], shown: Sequence[Record]) -> str:
+    """The mark of a cell whose runs saw other images than the first of :func:`_used`."""
+    return "*" if records[0].config.dataset in _used(shown)[1:] else ""
+
+
+def _used(shown: Sequence[Record]) -> list[str]:
+    """The datasets of some runs; an exact one comes before its copies, whose names begin with its own."""
+    return sorted({record.config.dataset for record in shown})
+
+
+def _measured_on(shown: Sequence[Record]) -> str:
+    exact, *copies = _used(shown)
+    return f"measured on {exact}" + (f" or, where marked *, on {', '.join(copies)}" if copies else "")
 
 
 #: Table 3's rows, with cRT and LWS without mixup added.
@@ -204,7 +225,8 @@ def table2_gains(
     beside = study.kind != "tiny" and dataset == "cifar100"
     columns, shown = {}, []
     for imbalance in imbalances:
-        records = {method: study.runs(dataset, method, imbalance) for method in methods}
+        measured = study.side_by_side(dataset, [(method, imbalance, {}) for method in methods])
+        records = dict(zip(methods, measured, strict=True))
         steps = [paired(records[new], records[old]) for old, new in itertools.pairwise(methods)]
         shown += [record for found in records.values() for record in found]
         if beside:
@@ -316,18 +338,20 @@ def learned_on(
         changes: what is changed in every run.
     """
     asked = {
-        (name, column): run and (run[0], (changes or {}) | run[1])
+        (name, column): (run[0], (changes or {}) | run[1])
         for name, row in rows.items()
         for column, run in zip(columns, row, strict=True)
+        if run
     }
-    found = {cell: study.runs(dataset, run[0], imbalance, run[1]) if run else [] for cell, run in asked.items()}
-    shown = [record for records in found.values() for record in records]
-    missing = [run for cell, run in asked.items() if run and not found[cell]]
+    measured = study.side_by_side(dataset, [(method, imbalance, more) for method, more in asked.values()])
+    found = dict(zip(asked, measured, strict=True))
+    shown = [record for records in measured for record in records]
+    missing = [run for cell, run in asked.items() if not found[cell]]
     known = [g for g in ("all", "medium", "few") if any(r.metrics[GROUP_METRICS[g]] is not None for r in shown)]
     cells = {}
     for column, group in itertools.product(columns, known):
         cells[column, group] = [
-            _metric(found[name, column], GROUP_METRICS[group], "not measured" if asked[name, column] else "")
+            _metric(found.get((name, column), []), GROUP_METRICS[group], "not measured" * ((name, column) in asked))
             for name in rows
         ]
     frame = pd.DataFrame(cells, index=list(rows))
@@ -347,8 +371,9 @@ def true_probabilities(
         methods: column titles and methods. First seed of each.
     """
     columns, shown = {}, []
-    for head, method in methods.items():
-        records = study.runs(dataset, method, imbalance)[:1]
+    found = study.side_by_side(dataset, [(method, imbalance, {}) for method in methods.values()])
+    for head, all_seeds in zip(methods, found, strict=True):
+        records = all_seeds[:1]
         shown += records
         parts = by_group(records[0]) if records else {name: None for name in groups([])}
         columns[head, "mean"] = [DASH if p is None else f"{p.mean():.3f}" for p in parts.values()]
@@ -359,7 +384,7 @@ def true_probabilities(
         f"Probability of the true class, {title or study.title(dataset)}, IF {imbalance:g}, first seed, {study.kind}: "
         "mean over test images, and share above 0.9 (%). A dash: not measured, or a group without classes."
     )
-    missing = [method for method in methods.values() if not study.runs(dataset, method, imbalance)]
+    missing = [method for method, records in zip(methods.values(), found, strict=True) if not records]
     notes = [f"Not measured yet: `{study.command(dataset, missing, imbalance)}`"] if missing else []
     return _table(study, frame, caption, notes, shown)
 
@@ -459,7 +484,7 @@ def _shifts(
     """Sizes by row title (empty if not measured), the commands that are missing, and the records used."""
     found, notes, shown = {}, [], []
     for name, pair in pairs.items():
-        records = [study.runs(dataset, method, imbalance, changes) for method, changes in pair]
+        records = study.side_by_side(dataset, [(method, imbalance, changes) for method, changes in pair])
         for (method, changes), measured in zip(pair, records, strict=True):
             if not measured:
                 notes.append(f"Not measured yet: `{study.command(dataset, [method], imbalance, changes)}`")
@@ -558,9 +583,10 @@ def measures(
         columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`.
         changes: what is changed in every run.
     """
-    found = {method: study.runs(dataset, method, imbalance, changes) for method in methods}
+    measured = study.side_by_side(dataset, [(method, imbalance, changes or {}) for method in methods])
+    found = dict(zip(methods, measured, strict=True))
     missing = [method for method, records in found.items() if not records]
-    shown = [record for records in found.values() for record in records]
+    shown = [record for records in measured for record in records]
     columns = {key: column for key, column in columns.items() if any(r.metrics[key] is not None for r in shown)}
     rows = {}
     for method, records in found.items():
@@ -586,8 +612,8 @@ def selection(
     The best is that of the epochs at which a run looked at the test set, so the difference is a lower bound.
     """
     rows, shown, missing = {}, [], []
-    for method in methods:
-        records = study.runs(dataset, method, imbalance)
+    found = study.side_by_side(dataset, [(method, imbalance, {}) for method in methods])
+    for method, records in zip(methods, found, strict=True):
         shown += records
         missing += [] if records else [method]
         looked = [[row["test_accuracy"] for row in record.history if "test_accuracy" in row] for record in records]
@@ -885,16 +911,55 @@ def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMB
             if records and published is not None:
                 shown += records
                 ours = 100 * statistics.mean(record.metrics["accuracy"] for record in records)
-                cells.append(f"{ours - published:+.1f}")
+                cells.append((f"{ours - published:+.1f}", records))
             else:
-                cells.append(DASH)
-        if set(cells) != {DASH}:
+                cells.append((DASH, []))
+        if any(records for _, records in cells):
             rows[paper.TITLES[method]] = cells
+    rows = {name: [text + (_star(of, shown) if of else "") for text, of in cells] for name, cells in rows.items()}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
+    on = f" {_measured_on(shown)};" if shown else ""
     caption = (
-        f"Top-1 accuracy, {paper.DATASETS[dataset]}: measured minus paper, in points; a dash where one is missing."
+        f"Top-1 accuracy, {paper.DATASETS[dataset]}: measured minus paper, in points;{on} a dash where one is missing."
     )
     return Table(frame, caption, [study.provenance(shown)])
+
+
+def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float = 100) -> Table:
+    """Accuracy and ECE of the same methods on a dataset and on its stand-ins, and how far these are from it, in points.
+
+    Methods that are not measured on all of them are left out. The copies' images may come in another order, so another
+    part of them may have been cut away.
+    """
+    exact, *others = study.datasets(dataset)
+    found = {
+        name: {m: [r for r in study.runs(name, m, imbalance) if r.config.dataset == name] for m in methods}
+        for name in (exact, *others)
+    }
+    known = [method for method in methods if all(runs[method] for runs in found.values())]
+    means = {
+        (name, key): [100 * statistics.mean(record.metrics[key] for record in runs[method]) for method in known]
+        for name, runs in found.items()
+        for key in ("accuracy", "ece")
+    }
+    cells = {
+        (name, head): [f"{value:.1f}" for value in means[name, key]]
+        for name in found
+        for head, key in (("accuracy", "accuracy"), ("ECE", "ece"))
+    }
+    for name in others:
+        for head, key in (("accuracy", "accuracy"), ("ECE", "ece")):
+            pairs = zip(means[name, key], means[exact, key], strict=True)
+            cells["difference", head] = [f"{copy - original:+z.1f}" for copy, original in pairs]
+    frame = pd.DataFrame(cells, index=[METHODS[method].title for method in known])
+    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
+    shown = [record for runs in found.values() for method in known for record in runs[method]]
+    caption = (
+        f"Top-1 accuracy and ECE (%), IF {imbalance:g}, {study.kind}: {' and '.join(found)}; differences in points."
+    )
+    missing = [method for method in methods if method not in known]
+    notes = [f"Not measured on both yet: {', '.join(METHODS[method].title for method in missing)}."] if missing else []
+    return _table(study, frame, caption, notes, shown)
 
 
 # ------------------------------------------------------------------------------------------ one schedule in two ways

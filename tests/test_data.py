@@ -1,3 +1,4 @@
+import hashlib
 import io
 import pickle
 import re
@@ -336,6 +337,46 @@ def test_torchvisions_cifar10_is_read(cifar10):
     planes = dataset.test_images.permute(0, 3, 1, 2).reshape(10, 3072)  # the format has channels first
     assert np.array_equal(planes, content["data"])
     assert available("cifar10", cifar10)
+
+
+@pytest.fixture
+def both_versions(cifar10, monkeypatch):
+    """The same folder, with the same images in CIFAR-10's binary version beside torchvision's files."""
+    folder = cifar10 / "cifar-10-batches-bin"
+    folder.mkdir()
+    checksums = {}
+    for name in data._BINARY_SHA256:
+        content = pickle.loads((cifar10 / "cifar-10-batches-py" / name.removesuffix(".bin")).read_bytes())
+        rows = b"".join(
+            bytes([k]) + pixels.tobytes() for k, pixels in zip(content["labels"], content["data"], strict=True)
+        )
+        (folder / name).write_bytes(rows)
+        checksums[name] = hashlib.sha256(rows).hexdigest()
+    monkeypatch.setattr(data, "_BINARY_SHA256", checksums)
+    data._binary.cache_clear()
+    yield cifar10
+    data._binary.cache_clear()
+
+
+def test_the_binary_version_holds_what_torchvision_reads(both_versions):
+    first = load("cifar10", both_versions, imbalance=2)
+    shutil.rmtree(both_versions / "cifar-10-batches-py")
+    assert available("cifar10", both_versions)
+    second = load("cifar10", both_versions, imbalance=2)
+    assert second.checksum == first.checksum
+    assert second.class_names[0] == "airplane"
+
+
+@pytest.mark.parametrize("flaw", ["missing", "damaged"])
+def test_a_flaw_in_the_binary_version_is_named(both_versions, flaw):
+    shutil.rmtree(both_versions / "cifar-10-batches-py")
+    path = both_versions / "cifar-10-batches-bin" / "data_batch_3.bin"
+    if flaw == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with pytest.raises(DataError, match=r"data_batch_3\.bin.*again"):
+        load("cifar10", both_versions)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])

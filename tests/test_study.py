@@ -176,6 +176,22 @@ def test_sweep_compares_on_the_data_and_seeds_that_have_most_of_it(made_up):
     assert {r.config.dataset for records in found for r in records} == {"cifar10-jpeg"}
 
 
+def test_side_by_side_compares_on_one_dataset_the_one_that_has_most(made_up):
+    made_up("cifar10", "ce")
+    asked = [(method, 100, {}) for method in ("ce", "mixup", "mislas")]
+
+    def found():
+        records = Study(results_root=made_up.root).side_by_side("cifar10", asked)
+        return [[record.config.dataset for record in of] for of in records]
+
+    assert found() == [["cifar10"], [], []]
+    made_up("cifar10-jpeg", "ce")
+    made_up("cifar10-jpeg", "mixup")
+    assert found() == [["cifar10-jpeg"], ["cifar10-jpeg"], []]
+    made_up("cifar10", "mislas")
+    assert found() == [["cifar10"], [], ["cifar10"]]
+
+
 def test_sweep_of_an_empty_store_is_empty(tmp_path):
     assert Study(results_root=tmp_path).sweep("cifar100", "mislas", FORMS) == [[]] * len(FORMS)
 

@@ -14,7 +14,9 @@ from mislas.study import LEARNED, SHIFT, Study
 from mislas.tables import (
     BY_GROUP,
     by_group,
+    copies,
     difference,
+    distance,
     learned_on,
     measures,
     paired,
@@ -24,6 +26,7 @@ from mislas.tables import (
     shifts,
     table2,
     table2_gains,
+    table3,
     table5,
     true_probabilities,
     two_ways,
@@ -43,6 +46,32 @@ def test_table_2_sets_the_paper_beside_cifar_100_and_nobody_else(made_up):
     assert {name for _, name in neighbour.frame.columns} == {"measured", "ECE"}
     assert neighbour.frame["IF 100", "measured"].tolist()[0] == "75.0"
     assert "a neighbour" in neighbour.caption
+
+
+def test_beside_the_paper_the_exact_images_come_first_and_others_are_marked(made_up):
+    made_up("cifar10-jpeg", "ce")
+    made_up("cifar10-jpeg", "mislas", right=(1, 0))
+    study = Study(results_root=made_up.root)
+    alone = table3(study, "cifar10", [100], ["ce", "mislas"])
+    assert alone.frame["IF 100", "measured"].tolist() == ["75.0", "50.0"]
+    assert "measured on cifar10-jpeg," in alone.caption
+    made_up("cifar10", "mislas", right=(1, 1, 1, 1))
+    mixed = table3(study, "cifar10", [100], ["ce", "mislas"])
+    assert mixed.frame["IF 100", "measured"].tolist() == ["75.0*", "100.0"]
+    assert "measured on cifar10 or, where marked *, on cifar10-jpeg, with" in mixed.caption
+    far = distance(study, "cifar10", [100])
+    assert far.frame["IF 100"].tolist() == ["+4.6*", "+17.9"]
+    assert "where marked *, on cifar10-jpeg" in far.caption
+
+
+def test_a_copy_is_held_against_the_exact_images(made_up):
+    made_up("cifar10", "ce", right=(1, 1, 1, 1), ece=0.1)
+    made_up("cifar10-jpeg", "ce", right=(1, 1, 0, 0), ece=0.25)
+    made_up("cifar10-jpeg", "mixup")
+    table = copies(Study(results_root=made_up.root), "cifar10", ["ce", "mixup"])
+    assert table.frame.loc["CE"].tolist() == ["100.0", "10.0", "50.0", "25.0", "-50.0", "+15.0"]
+    assert list(table.frame.index) == ["CE"]
+    assert table.notes[0] == "Not measured on both yet: mixup."
 
 
 def test_a_table_of_which_nothing_is_known_names_the_command_alone(tmp_path):
@@ -198,7 +227,8 @@ def test_measures_leave_out_a_group_without_classes(made_up):
     record.metrics.update({key: 0.25 for key in BY_GROUP if "few" not in key}, accuracy_few=None, ece_few=None)
     other.metrics.update(record.metrics)
     study = Study(results_root=made_up.root)
-    study.runs = lambda dataset, method, *_: {"ce": [record], "mixup": [other]}.get(method, [])
+    known = {"ce": [record], "mixup": [other]}
+    study.side_by_side = lambda dataset, asked: [known.get(method, []) for method, *_ in asked]
     frame = measures(study, "cifar10", ["ce", "mixup", "crt"], columns=BY_GROUP).frame
     accuracies = ["accuracy", "accuracy, many", "accuracy, medium"]
     assert list(frame.columns) == [*accuracies, "ECE", "ECE, many", "ECE, medium"]
@@ -214,7 +244,7 @@ def test_learned_on_has_a_cell_for_each_run_and_names_what_is_missing(made_up):
     records["lws"].metrics.update(accuracy=0.5, accuracy_medium=0.25, accuracy_few=None)
     records["ncm"].metrics.update(accuracy=0.75, accuracy_medium=None, accuracy_few=None)
     study = Study(results_root=made_up.root)
-    study.runs = lambda dataset, method, *_: [records[method]] if method in records else []
+    study.side_by_side = lambda dataset, asked: [[records[m]] if m in records else [] for m, *_ in asked]
     rows = {"scales": [("lws", {}), ("lws+shift", {})], "means": [("ncm", {}), None]}
     table = learned_on(study, "cifar10", rows, ("old", "new"))
     assert table.frame.columns.tolist() == [(c, g) for c in ("old", "new") for g in ("all", "medium")]

@@ -22,7 +22,7 @@ from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record, Store
 from .study import FORMS, SHIFT, Study
-from .tables import DASH, Table, paired
+from .tables import DASH, Table, measured_on, paired, star
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
 
@@ -251,7 +251,7 @@ def _provenance(study: Study, shown: Sequence[Record]) -> str:
 
 def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     """A claim's comparisons on one dataset: effect, interval, seeds, verdict; and how to measure what is missing."""
-    rows, shown, commands = [], [], []
+    rows, used, shown, commands = [], [], [], []
     for c in claim.comparisons:
         sides = _sides(study, dataset, c)
         for side, records in zip((c.new, c.old), sides, strict=True):
@@ -266,12 +266,15 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
         else:
             cells = [DASH, DASH, "0", "no common data and seed" if all(sides) else NOT_MEASURED]
         rows.append([c.title, c.name, claimed, *cells])
+        used.append(new)
+    for row, new in zip(rows, used, strict=True):
+        row[3] += star(new, shown)
     frame = pd.DataFrame(rows, columns=["", "measure", "claimed", study.kind, "95% interval", "seeds", "verdict"])
     frame = frame.set_index("")
     frame.index.name = None
     notes = [f"Not measured: `{command}`" for command in dict.fromkeys(commands)]
     caption = f"{claim.name}, {study.title(dataset)}, IF 100: differences in points, bootstrap over the test images."
-    return Table(frame, caption, [*notes, _provenance(study, shown)])
+    return Table(frame, caption + measured_on(study, shown), [*notes, _provenance(study, shown)])
 
 
 def summary(study: Study, dataset: str) -> Table:
@@ -297,22 +300,23 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
     rows, shown = {}, []
     for claim in CLAIMS:
         for c in claim.comparisons:
-            cells, used = [], []
+            cells, used = [], []  # text and the runs it is of; all runs
             for imbalance in imbalances:
                 new, old = paired(*_sides(study, dataset, c.at(imbalance)))
                 if new:
                     measured, _, _, says = judge(new, old, c)
-                    cells.append(f"{measured} {MARKS[says]}")
+                    cells.append((f"{measured} {MARKS[says]}", new))
                 else:
-                    cells.append(DASH)
+                    cells.append((DASH, []))
                 used += new + old
-            if any(cell != DASH for cell in cells[1:]):
+            if any(of for _, of in cells[1:]):
                 rows[f"{claim.name}, {c.title}: {c.name}"] = cells
                 shown += used
+    rows = {name: [text + star(of, shown) for text, of in cells] for name, cells in rows.items()}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
     legend = ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items())
     caption = f"Effects in points at each imbalance factor, {study.title(dataset)} ({study.kind}): {legend}."
-    return Table(frame, caption, [_provenance(study, shown)])
+    return Table(frame, caption + measured_on(study, shown), [_provenance(study, shown)])
 
 
 # ------------------------------------------------------------------------------------------------------------- gaps

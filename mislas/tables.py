@@ -78,8 +78,28 @@ def _inline(text: str) -> str:
 def _table(
     study: Study, frame: pd.DataFrame, caption: str, notes: list[str], shown: Sequence[Record], beside: bool = False
 ) -> Table:
-    """A table with its provenance; where nothing is measured and the paper has nothing, only what would be in it."""
-    return Table(frame if shown or beside else pd.DataFrame(), caption, [*notes, study.provenance(shown)])
+    """A table with its data and provenance; where nothing is measured and the paper has nothing, only what would be in
+    it."""
+    whole = caption + measured_on(study, shown)
+    return Table(frame if shown or beside else pd.DataFrame(), whole, [*notes, study.provenance(shown)])
+
+
+def measured_on(study: Study, shown: Sequence[Record]) -> str:
+    """The end of a caption: the images that some runs saw, and what :func:`star` means. Empty with the tiny profile."""
+    if study.kind == "tiny" or not shown:
+        return ""
+    exact, *copies = _used(shown)
+    return f" Measured on {exact}" + (f"; where marked *, on {', '.join(copies)}" if copies else "") + "."
+
+
+def star(records: Sequence[Record], shown: Sequence[Record]) -> str:
+    """The mark of a cell whose runs saw other images than the exact ones that some of its table saw."""
+    return "*" if records and records[0].config.dataset in _used(shown)[1:] else ""
+
+
+def _used(shown: Sequence[Record]) -> list[str]:
+    """The datasets of some runs; an exact one comes before its copies, whose names begin with its own."""
+    return sorted({record.config.dataset for record in shown})
 
 
 def compare(
@@ -134,7 +154,7 @@ def compare(
             records = found.get((imbalance, method), [])
             if records:
                 many = f" (n={len(records)})" if len(records) > 1 else ""
-                accuracy.append(percent([r.metrics["accuracy"] for r in records]) + many + _star(records, shown))
+                accuracy.append(percent([r.metrics["accuracy"] for r in records]) + many + star(records, shown))
                 ece.append(percent([r.metrics["ece"] for r in records]))
             elif method in METHODS:
                 mark = mark or next(marks)
@@ -160,25 +180,9 @@ def compare(
             "they show that the code runs, not what the paper found."
         )
     else:
-        on = f"{_measured_on(shown)}, with the measured ECE (%)" if shown else "nothing measured yet"
-        said = "paper, and " if beside else ""
-        caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said}{on}."
+        said = "paper and measured" if beside else "measured"
+        caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said}, with the measured ECE (%)."
     return _table(study, frame, caption, notes, shown, beside)
-
-
-def _star(records: Sequence[Record], shown: Sequence[Record]) -> str:
-    """The mark of a cell whose runs saw other images than the first of :func:`_used`."""
-    return "*" if records[0].config.dataset in _used(shown)[1:] else ""
-
-
-def _used(shown: Sequence[Record]) -> list[str]:
-    """The datasets of some runs; an exact one comes before its copies, whose names begin with its own."""
-    return sorted({record.config.dataset for record in shown})
-
-
-def _measured_on(shown: Sequence[Record]) -> str:
-    exact, *copies = _used(shown)
-    return f"measured on {exact}" + (f" or, where marked *, on {', '.join(copies)}" if copies else "")
 
 
 #: Table 3's rows, with cRT and LWS without mixup added.
@@ -483,8 +487,10 @@ def _shifts(
 ) -> tuple[dict[str, dict[str, dict[str, float]]], list[str], list[Record]]:
     """Sizes by row title (empty if not measured), the commands that are missing, and the records used."""
     found, notes, shown = {}, [], []
+    asked = [(method, imbalance, changes) for pair in pairs.values() for method, changes in pair]
+    everything = iter(study.side_by_side(dataset, asked))
     for name, pair in pairs.items():
-        records = study.side_by_side(dataset, [(method, imbalance, changes) for method, changes in pair])
+        records = [next(everything) for _ in pair]
         for (method, changes), measured in zip(pair, records, strict=True):
             if not measured:
                 notes.append(f"Not measured yet: `{study.command(dataset, [method], imbalance, changes)}`")
@@ -727,9 +733,7 @@ def _accuracy_caption(study: Study, dataset: str, shown: Sequence[Record], title
             f"Top-1 accuracy and ECE (%) of tiny smoke runs on {study.title(dataset)}: they show that the code runs, "
             "not what the paper found."
         )
-    used = sorted({record.config.dataset for record in shown})
-    state = f"measured on {', '.join(used)}" if used else "nothing measured yet"
-    return f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}: {state}."
+    return f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}."
 
 
 #: Rows of Table 1 as the paper prints them.
@@ -916,13 +920,12 @@ def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMB
                 cells.append((DASH, []))
         if any(records for _, records in cells):
             rows[paper.TITLES[method]] = cells
-    rows = {name: [text + (_star(of, shown) if of else "") for text, of in cells] for name, cells in rows.items()}
+    rows = {name: [text + star(of, shown) for text, of in cells] for name, cells in rows.items()}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
-    on = f" {_measured_on(shown)};" if shown else ""
     caption = (
-        f"Top-1 accuracy, {paper.DATASETS[dataset]}: measured minus paper, in points;{on} a dash where one is missing."
+        f"Top-1 accuracy, {paper.DATASETS[dataset]}: measured minus paper, in points; a dash where one is missing."
     )
-    return Table(frame, caption, [study.provenance(shown)])
+    return _table(study, frame, caption, [], shown, beside=True)
 
 
 def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float = 100) -> Table:
@@ -959,7 +962,7 @@ def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float 
     )
     missing = [method for method in methods if method not in known]
     notes = [f"Not measured on both yet: {', '.join(METHODS[method].title for method in missing)}."] if missing else []
-    return _table(study, frame, caption, notes, shown)
+    return Table(frame, caption, [*notes, study.provenance(shown)])
 
 
 # ------------------------------------------------------------------------------------------ one schedule in two ways

@@ -128,7 +128,7 @@ def test_a_table_by_groups_sets_the_paper_beside_what_is_measured(made_up, store
         "25.0",
     ]
     assert table.frame.loc["MiSLAS", ("all", "measured")] == "not measured [a]"
-    assert "measured on places-lt" in table.caption
+    assert "Measured on places-lt" in table.caption
     (command,) = commands(table.notes[0])
     assert command.method == [m for m in paper.TABLE8 if m in METHODS and m != "focal"]
 

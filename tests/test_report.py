@@ -148,6 +148,25 @@ def test_a_claim_shows_effects_verdicts_and_the_commands_for_the_rest(store):
     assert table.notes[-1].startswith("2 runs; data made up")
 
 
+def test_a_comparison_is_made_on_one_set_of_images_and_a_copy_is_marked(tmp_path):
+    """MiSLAS is measured on both, CE on the exact images alone, LDAM on the copy alone."""
+    study = Study("stored", results_root=tmp_path)
+    for i, (dataset, method, right) in enumerate(
+        [("cifar10", "ce", 0.6), ("cifar10", "mislas", 0.8), ("cifar10-jpeg", "mislas", 0.7)]
+    ):
+        put(study.store, configure(dataset, method), right, 0.9, i)
+    put(study.store, configure("cifar10-jpeg", "ldam+drw"), 0.6, 0.9, 3)
+    table = claim_table(study, "cifar10", CLAIMS[5])
+    effects = dict(
+        zip(zip(table.frame.index, table.frame["measure"], strict=True), table.frame["measured"], strict=True)
+    )
+    ce, ldam = (effects[f"MiSLAS against {title}", "accuracy"] for title in ("CE", "LDAM+DRW"))
+    assert float(ce) == pytest.approx(20, abs=4)
+    assert ldam.endswith("*")
+    assert float(ldam.rstrip("*")) == pytest.approx(10, abs=4)
+    assert table.caption.endswith("Measured on cifar10; where marked *, on cifar10-jpeg.")
+
+
 def test_the_summary_counts_every_comparison_once(store):
     table = summary(Study("stored", results_root=store.root), "cifar10")
     assert table.frame.sum(axis=1).tolist() == [len(claim.comparisons) for claim in CLAIMS]

@@ -2,21 +2,17 @@
 
 - usual: PIL images, torchvision transforms, DataLoader workers, eager float32, torch's SGD.
 - ours: what ``mislas train`` runs: bfloat16, channels-last, fused SGD, augmentation on the device.
-- compressed: ours, on images compressed as JPEG (once more, if they were): what do lossy images cost?
 
 Network, initial distribution, learning rates, weight decay and epochs are the same; each way draws its own randomness,
 so that a seed of one has nothing to do with the same seed of the other. Measured is test accuracy at the last epoch.
 With --save every run is kept as it ends: the same command goes on where it was stopped.
 
     python benchmarks/accuracy.py --dataset cifar10-jpeg --data-root data --save benchmarks/results/accuracy-mine.json
-    python benchmarks/accuracy.py --ways ours compressed --quality 40 ...
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import io
 import json
 import math
 import statistics
@@ -26,11 +22,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from scipy.stats import t
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from usual import usual_epoch, usual_loader
 
@@ -66,27 +60,7 @@ def ours(config: RunConfig, data: Dataset, options: Options) -> tuple[nn.Module,
     return trained.backbone, trained.heads[0]
 
 
-def compress(images: Tensor, quality: int, offset: int = 4) -> Tensor:
-    """Images uint8 ``(N, H, W, 3)`` as they come back from JPEG files with halved colour resolution.
-
-    JPEG's blocks begin ``offset`` pixels outside the image: on the same blocks as a first time, a second compression
-    would change next to nothing.
-    """
-    found = torch.empty_like(images)
-    for image, target in zip(images.numpy(), found.numpy(), strict=True):
-        buffer = io.BytesIO()
-        padded = Image.fromarray(np.pad(image, ((offset, 0), (offset, 0), (0, 0)), mode="edge"))
-        padded.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-        target[:] = np.asarray(Image.open(buffer))[offset:, offset:]
-    return found
-
-
-def compressed(data: Dataset, quality: int) -> Dataset:
-    train, test = (compress(images, quality) for images in (data.train_images, data.test_images))
-    return dataclasses.replace(data, train_images=train, test_images=test)
-
-
-WAYS: dict[str, Callable] = {"usual": usual, "ours": ours, "compressed": ours}
+WAYS: dict[str, Callable] = {"usual": usual, "ours": ours}
 
 
 def measure(way: str, config: RunConfig, data: Dataset, options: Options) -> dict[str, Any]:
@@ -99,12 +73,12 @@ def measure(way: str, config: RunConfig, data: Dataset, options: Options) -> dic
     return {"way": way, "seed": config.seed, "accuracy": round(accuracy, 6), **provenance(data, options, seconds)}
 
 
-def compare(runs: Sequence[dict[str, Any]], ways: Sequence[str] = ("usual", "ours")) -> dict[str, Any]:
-    """Mean and standard deviation of two ways, and second minus first with Welch's interval, in points of accuracy.
+def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation of both ways, and ours minus usual with Welch's interval, in points of accuracy.
 
     A standard deviation takes two runs; without it there is no interval. What is not there is None.
     """
-    values = {way: [100 * run["accuracy"] for run in runs if run["way"] == way] for way in ways}
+    values = {way: [100 * run["accuracy"] for run in runs if run["way"] == way] for way in WAYS}
     found: dict[str, Any] = {
         way: {
             "runs": len(some),
@@ -152,8 +126,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--method", choices=("ce", "mixup"), default="ce")
     parser.add_argument("--epochs", type=int, metavar="N", help="default: the method's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--ways", nargs=2, choices=list(WAYS), default=["usual", "ours"], help="default: usual ours")
-    parser.add_argument("--quality", type=int, default=75, metavar="Q", help="of compressed, 1..95 (default: 75)")
     parser.add_argument("--compile", action="store_true", help="fuse our backbone with torch.compile")
     parser.add_argument("--device")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -168,10 +140,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def accuracy(arguments: argparse.Namespace) -> None:
-    if arguments.ways[0] == arguments.ways[1]:
-        raise MislasError(f"--ways takes two that differ of {', '.join(WAYS)}; got {arguments.ways[0]} twice")
-    if not 1 <= arguments.quality <= 95:
-        raise MislasError(f"JPEG's quality is 1..95, got {arguments.quality}")
     options = Options(arguments.device, arguments.compile, eval_every=2**31, progress=not arguments.quiet)
     changes = {"precision": "bf16"} | ({} if arguments.epochs is None else {"epochs": arguments.epochs})
     configs = [
@@ -182,7 +150,6 @@ def accuracy(arguments: argparse.Namespace) -> None:
         raise MislasError(f"the usual loop here is for images that fit in memory: {', '.join(SPECS)}")
     data = load(first.dataset, arguments.data_root, first.imbalance)
     setting = {
-        "ways": arguments.ways,
         "dataset": first.dataset,
         "data_checksum": data.checksum,
         "imbalance": first.imbalance,
@@ -190,26 +157,22 @@ def accuracy(arguments: argparse.Namespace) -> None:
         "epochs": first.stage1.epochs,
         "device": device_name(options.torch_device()),
         "compile": options.compile,
-        **({"quality": arguments.quality} if "compressed" in arguments.ways else {}),
     }
     runs = stored(arguments.save, setting)
     have = {(run["way"], run["seed"]) for run in runs}
-    todo = [(config, way) for config in configs for way in arguments.ways if (way, config.seed) not in have]
-    seen = {way: data for _, way in todo}
-    if "compressed" in seen:
-        seen["compressed"] = compressed(data, arguments.quality)
+    todo = [(config, way) for config in configs for way in WAYS if (way, config.seed) not in have]
     for config, way in todo:
-        runs.append(measure(way, config, seen[way], options))
+        runs.append(measure(way, config, data, options))
         if arguments.save:
-            content = {"setting": setting, "found": compare(runs, arguments.ways), "runs": runs}
+            content = {"setting": setting, "found": compare(runs), "runs": runs}
             text = json.dumps(content, indent=1) + "\n"
             write_atomically(arguments.save, lambda handle, text=text: handle.write(text.encode()))
         print("seed {seed}, {way}: {accuracy:.2%} in {seconds:.0f} s".format(**runs[-1]), flush=True)
-    found = compare(runs, arguments.ways)
+    found = compare(runs)
     print("{dataset} IF={imbalance:g}, {method}, {epochs} epochs, {device}, compile={compile}".format(**setting))
-    for way in arguments.ways:
+    for way in WAYS:
         print(f"{way:10} {found[way]['mean']:.2f} % of {found[way]['runs']} runs{deviation(found[way]['deviation'])}")
-    print("{1} minus {0}: ".format(*arguments.ways) + f"{found['difference']:+.2f} points", end="")
+    print(f"ours minus usual: {found['difference']:+.2f} points", end="")
     if found["interval"]:
         low, high = found["interval"]
         print(

@@ -968,22 +968,21 @@ def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float 
 # ------------------------------------------------------------------------------------------ one schedule in two ways
 
 
-def two_ways(folder: Path, first: str, second: str) -> Table:
-    """What ``benchmarks/accuracy.py`` has measured of two ways of training: accuracy of each, and the difference.
+def two_ways(folder: Path) -> Table:
+    """What ``benchmarks/accuracy.py`` has measured of two ways of training: accuracy of each, and ours minus usual.
 
     Args:
-        folder: with its files, ``accuracy-*.json``.
-        first, second: the ways; the difference is second minus first. Files with one run of a way are left out.
+        folder: with its files, ``accuracy-*.json``. Files with one run of a way are left out.
     """
     rows, notes = {}, []
     for path in sorted(folder.glob("accuracy-*.json")):
         measured = json.loads(path.read_text())
         setting, found = measured["setting"], measured["found"]
-        if setting["ways"] != [first, second] or found["interval"] is None:
+        if found["interval"] is None:
             continue
         name = "{dataset} IF={imbalance:g}, {method}, {epochs} epochs".format(**setting)
-        rows[name + (f", quality {setting['quality']}" if "quality" in setting else "")] = {
-            **{way: "{mean:.1f} ± {deviation:.1f} (n={runs})".format(**found[way]) for way in (first, second)},
+        rows[name] = {
+            **{way: "{mean:.1f} ± {deviation:.1f} (n={runs})".format(**found[way]) for way in ("usual", "ours")},
             "difference": f"{found['difference']:+.1f}",
             "95% interval": "{:+.1f} to {:+.1f}".format(*found["interval"]),
         }
@@ -995,5 +994,5 @@ def two_ways(folder: Path, first: str, second: str) -> Table:
             f"{name}: data {setting['data_checksum']}; seeds {source['seed']}; commit {source['commit']}; "
             f"{setting['device']}{', compiled' * setting['compile']}; {source['date']}; last epoch."
         )
-    caption = f"Top-1 accuracy (%): {first} and {second}, mean ± standard deviation over seeds; difference in points."
+    caption = "Top-1 accuracy (%): usual and ours, mean ± standard deviation over seeds; difference in points."
     return Table(pd.DataFrame.from_dict(rows, orient="index"), caption if rows else "Not measured yet.", notes)

@@ -84,33 +84,3 @@ def test_the_interval_of_the_difference_is_scipys(accuracy):
     assert (alone["difference"], alone["interval"], alone["ours"]["deviation"]) == (0, None, None)
     same = accuracy.compare([{"way": way, "accuracy": 0.5} for way in (*values, *values)])
     assert same["interval"] == [0, 0]
-
-
-def test_images_compressed_twice_change_only_where_blocks_moved(accuracy):
-    noise = torch.rand(4, 4, 4, 3, generator=torch.Generator().manual_seed(0)) * 255
-    images = torch.nn.functional.interpolate(noise.movedim(3, 1), size=32, mode="bilinear").movedim(1, 3).byte()
-    once = accuracy.compress(images, 75)
-    assert once.shape == images.shape
-    assert once.dtype == torch.uint8
-
-    def error(a, b):
-        return (a.float() - b.float()).square().mean().item()
-
-    again, moved = accuracy.compress(once, 75), accuracy.compress(once, 75, offset=8)
-    assert error(once, again) < error(once, moved) < error(images, accuracy.compress(images, 20))
-    grey = torch.full((1, 32, 32, 3), 128, dtype=torch.uint8)
-    assert torch.equal(accuracy.compress(grey, 10), grey)
-
-
-def test_what_lossy_images_cost_is_measured_on_other_images(accuracy, tmp_path, capsys):
-    saved = tmp_path / "accuracy-lossy.json"
-    command = ["--epochs", "1", "--imbalance", "50", "--device", "cpu", "--quiet", "--seeds", "0", "--save", str(saved)]
-    assert accuracy.main([*command, "--ways", "ours", "compressed", "--quality", "10"]) == 0
-    measured = json.loads(saved.read_text())
-    assert (measured["setting"]["ways"], measured["setting"]["quality"]) == (["ours", "compressed"], 10)
-    plain, lossy = measured["runs"]
-    assert plain["data_checksum"] == measured["setting"]["data_checksum"] != lossy["data_checksum"]
-    assert "compressed minus ours" in capsys.readouterr().out
-    assert accuracy.main([*command, "--ways", "ours", "ours"]) == 2
-    assert accuracy.main([*command, "--ways", "ours", "compressed", "--quality", "0"]) == 2
-    assert "1..95, got 0" in capsys.readouterr().err

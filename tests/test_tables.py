@@ -268,7 +268,7 @@ def test_runs_of_a_row_differ_in_batch_norm_alone(columns):
 
 def test_two_ways_show_what_their_files_have_and_leave_out_single_runs(tmp_path):
     setting = {
-        "ways": ["usual", "ours"], "dataset": "digits", "data_checksum": "abc", "imbalance": 100.0, "method": "ce",
+        "dataset": "digits", "data_checksum": "abc", "imbalance": 100.0, "method": "ce",
         "epochs": 20, "device": "A device", "compile": False,
     }  # fmt: skip
     way = {"runs": 2, "mean": 70.04, "deviation": 1.26}
@@ -277,12 +277,12 @@ def test_two_ways_show_what_their_files_have_and_leave_out_single_runs(tmp_path)
     content = {"setting": setting, "found": found, "runs": runs}
     (tmp_path / "accuracy-a.json").write_text(json.dumps(content))
     (tmp_path / "accuracy-b.json").write_text(json.dumps(content | {"found": found | {"interval": None}}))
-    table = two_ways(tmp_path, "usual", "ours")
+    table = two_ways(tmp_path)
     assert table.frame.index.tolist() == ["digits IF=100, ce, 20 epochs"]
     assert table.frame.iloc[0].tolist() == ["70.0 ± 1.3 (n=2)", "71.0 ± 1.3 (n=2)", "+1.0", "-2.0 to +3.9"]
     (note,) = table.notes
     assert "data abc; seeds 0, 1; commit 0123456789; A device; 2026-01-02; last epoch." in note
-    assert two_ways(tmp_path, "ours", "compressed").caption == "Not measured yet."
+    assert two_ways(tmp_path / "empty").caption == "Not measured yet."
 
 
 def test_the_readme_quotes_the_store():

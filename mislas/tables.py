@@ -133,12 +133,10 @@ def compare(
     )
     known = [method for method in methods if method in METHODS]
     rows = known if tiny else list(methods)
-    if study.profile != "stored":
-        study.runs(dataset, known, imbalances[0])  # train what shares a pass together
     found: dict[tuple[float, str], list[Record]] = {}
     for imbalance in imbalances:
         if study.profile != "stored":
-            study.runs(dataset, known, imbalance)
+            study.runs(dataset, known, imbalance)  # train what shares a pass together
         asked = [(method, imbalance, {}) for method in known]
         measured = [study.runs(dataset, *run) for run in asked] if beside else study.side_by_side(dataset, asked)
         found |= {(imbalance, method): records for method, records in zip(known, measured, strict=True)}
@@ -712,7 +710,7 @@ def by_groups(
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     shown = [record for records in found.values() for record in records]
     notes = [f"[a] `{how_to(study, dataset, missing, changes)}`"] if missing else []
-    return _table(study, frame, _accuracy_caption(study, dataset, shown, title), notes, shown, beside)
+    return _table(study, frame, _accuracy_caption(study, dataset, title), notes, shown, beside)
 
 
 def _absent(method: str) -> str:
@@ -727,7 +725,7 @@ def _metric(records: Sequence[Record], name: str, absent: str) -> str:
     return DASH if None in values else percent(values)
 
 
-def _accuracy_caption(study: Study, dataset: str, shown: Sequence[Record], title: str | None) -> str:
+def _accuracy_caption(study: Study, dataset: str, title: str | None) -> str:
     if study.kind == "tiny":
         return (
             f"Top-1 accuracy and ECE (%) of tiny smoke runs on {study.title(dataset)}: they show that the code runs, "
@@ -797,7 +795,7 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
     return _table(
         study,
         frame,
-        _accuracy_caption(study, dataset, list(shown.values()), title),
+        _accuracy_caption(study, dataset, title),
         notes,
         list(shown.values()),
         beside,
@@ -940,20 +938,16 @@ def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float 
         for name in (exact, *others)
     }
     known = [method for method in methods if all(runs[method] for runs in found.values())]
+    heads = {"accuracy": "accuracy", "ECE": "ece"}
     means = {
-        (name, key): [100 * statistics.mean(record.metrics[key] for record in runs[method]) for method in known]
+        (name, head): [100 * statistics.mean(record.metrics[key] for record in runs[method]) for method in known]
         for name, runs in found.items()
-        for key in ("accuracy", "ece")
+        for head, key in heads.items()
     }
-    cells = {
-        (name, head): [f"{value:.1f}" for value in means[name, key]]
-        for name in found
-        for head, key in (("accuracy", "accuracy"), ("ECE", "ece"))
-    }
-    for name in others:
-        for head, key in (("accuracy", "accuracy"), ("ECE", "ece")):
-            pairs = zip(means[name, key], means[exact, key], strict=True)
-            cells["difference", head] = [f"{copy - original:+z.1f}" for copy, original in pairs]
+    cells = {column: [f"{value:.1f}" for value in values] for column, values in means.items()}
+    for name, head in itertools.product(others, heads):
+        pairs = zip(means[name, head], means[exact, head], strict=True)
+        cells["difference", head] = [f"{copy - original:+z.1f}" for copy, original in pairs]
     frame = pd.DataFrame(cells, index=[METHODS[method].title for method in known])
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     shown = [record for runs in found.values() for method in known for record in runs[method]]

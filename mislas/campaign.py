@@ -25,7 +25,7 @@ from .data import LISTS, dataset_name, spec_of, training_images, write_atomicall
 from .errors import MislasError, RecordError
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store, plan, read_record, run
-from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows
+from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows, balanced
 from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
@@ -59,10 +59,11 @@ def wanted(
 
     At each imbalance factor Table 3's rows; what costs little beside them, on the same Stage-1: the grid and the forms
     of label-aware smoothing, the authors' variants, the controls of Table 1 and of Figure 6
-    (:data:`mislas.study.LEARNED`); the balanced model; Table 3's other methods; what open questions ask at the first
-    imbalance factor; then the same for the next seed. Of a dataset of list files it is what its tables and figures
-    have, with their backbones; it has one imbalance factor. Of Tiny-ImageNet at 64 pixels it is the same as of
-    ImageNet-LT, at imbalance factor 100, after Table 1's rows on :data:`mislas.study.SHORT`, and the balanced model.
+    (:data:`mislas.study.LEARNED`); the balanced model, and one of as many images as the first imbalance factor leaves;
+    Table 3's other methods; what open questions ask at the first imbalance factor; then the same for the next seed. Of
+    a dataset of list files it is what its tables and figures have, with their backbones; it has one imbalance factor.
+    Of Tiny-ImageNet at 64 pixels it is the same as of ImageNet-LT, at imbalance factor 100, after Table 1's rows on
+    :data:`mislas.study.SHORT`, and the balanced model.
     """
     large = dataset_name(dataset) in (*LISTS, "tinyimagenet64")
     imbalances = imbalances or ((None,) if large else (100, 50, 10))
@@ -83,7 +84,7 @@ def wanted(
                 configs += [configure(dataset, method, imbalance, seed, changes) for method, changes in _runs(rows)]
             configs += [configure(dataset, m, imbalance, seed, STAGE2_MIXUP) for m in ("crt+mixup", "lws+mixup")]
             configs += [configure(dataset, method, imbalance, seed) for method in RULES]
-        configs.append(configure(dataset, "ce", 1, seed))
+        configs += [configure(dataset, "ce", first, seed, changes) for changes in balanced(dataset, first).values()]
         configs += [configure(dataset, method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
         configs.append(configure(dataset, "mislas", first, seed, WEIGHT_DECAY))
         configs += [configure(dataset, method, first, seed) for method in HELD_OUT]
@@ -149,7 +150,7 @@ class Job:
         names = [config.method for config in self.group]
         counts = {name: names.count(name) for name in names}
         what = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in counts.items())
-        return f"{first.dataset} IF={first.imbalance:g} seed {first.seed} {stage}: {what}   ({self.passes:,} images)"
+        return f"{first.data_title} seed {first.seed} {stage}: {what}   ({self.passes:,} images)"
 
 
 def jobs(configs: Iterable[RunConfig], store: Store) -> list[Job]:
@@ -165,7 +166,7 @@ def _epochs(config: RunConfig) -> int:
 
 
 def _images(config: RunConfig) -> int:
-    return training_images(config.dataset, config.imbalance)
+    return training_images(config.dataset, config.imbalance, config.n_max)
 
 
 def _kind(config: RunConfig) -> tuple:

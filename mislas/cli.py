@@ -419,14 +419,15 @@ def find_run(store: Store, prefix: str) -> Record:
 def _eval(arguments: argparse.Namespace) -> None:
     store = _store(arguments)
     record = find_run(store, arguments.run)
-    print(f"{record.config.method} on {record.config.dataset} IF={record.config.imbalance:g} seed {record.config.seed}")
+    print(f"{record.config.method} on {record.config.data_title} seed {record.config.seed}")
     if record.config.stage2 is not None and arguments.data_root is not None:
         raise RecordError("only Stage-1 models are stored as weights; leave out --data-root to use stored predictions")
     bundled = record.config.dataset in ("digits", "generated")
     if record.config.stage2 is not None or (arguments.data_root is None and not bundled):
         predictions = record.predictions()
     else:
-        data = load(record.config.dataset, arguments.data_root, record.config.imbalance)
+        config = record.config
+        data = load(config.dataset, arguments.data_root, config.imbalance, n_max=config.n_max)
         if data.checksum != record.provenance["data_checksum"]:
             raise RecordError(
                 f"these images differ from the run's: {data.checksum}, not {record.provenance['data_checksum']}"

@@ -130,7 +130,7 @@ class ClusterJob:
     def __str__(self) -> str:
         first = self.configs[0]
         methods = ", ".join(dict.fromkeys(config.method for config in self.configs))
-        return f"{first.dataset} IF={first.imbalance:g} seed {first.seed}: {methods}"
+        return f"{first.data_title} seed {first.seed}: {methods}"
 
 
 def independent(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .data import LISTS, dataset_name, spec_of
+from .data import LISTS, dataset_name, spec_of, training_images
 from .errors import MislasError, unknown
 from .losses import LOSSES, check_smoothing
 from .metric import METRICS
@@ -236,6 +236,7 @@ class RunConfig:
         stage2: a :class:`Stage2`, :class:`Adjustment`, :class:`FewShot` or :class:`Memory`; None where the method has
             one stage.
         method: the registry's name for this recipe. A label: it does not enter the identity.
+        n_max: training images of the largest class; None is all that the dataset has. Not of a dataset of list files.
     """
 
     dataset: str
@@ -246,6 +247,7 @@ class RunConfig:
     stage1: Stage1
     stage2: Stage2 | Adjustment | FewShot | Memory | None = None
     method: str = "custom"
+    n_max: int | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "dataset", dataset_name(self.dataset))
@@ -257,6 +259,8 @@ class RunConfig:
                 f"the imbalance factor of {self.dataset} is {spec_of(self.dataset).imbalance:g}, a fact about its "
                 f"training list and no parameter; got {self.imbalance:g}, leave it out"
             )
+        if self.n_max is not None:
+            _check_n_max(self)
         check_backbone(self.backbone)
         if not (isinstance(self.seed, int) and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
@@ -289,6 +293,12 @@ class RunConfig:
         """Identity: 12 hex digits of the SHA-256 of the canonical JSON."""
         text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def data_title(self) -> str:
+        """What the run trains on, in words: equal for runs on the same images."""
+        largest = "" if self.n_max is None else f" N_max={self.n_max}"
+        return f"{self.dataset} IF={self.imbalance:g}{largest}"
 
     @property
     def stage1_only(self) -> RunConfig:
@@ -459,6 +469,17 @@ def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
         if getattr(stage, key, None) is not None:
             owner = next(loss for loss, other in LOSSES.items() if key in other.settings + other.optional)
             raise MislasError(f"{key} belongs to loss {owner!r}; {name}.loss is {stage.loss!r}")
+
+
+def _check_n_max(config: RunConfig) -> None:
+    if config.dataset in LISTS:
+        raise MislasError(f"n_max cuts a dataset, and {config.dataset} is long-tailed as it is; leave it out")
+    most = spec_of(config.dataset).train_per_class
+    if not 1 <= config.n_max <= most:
+        raise MislasError(
+            f"n_max must be in 1 .. {most}, the images that {config.dataset} has of a class, got {config.n_max}"
+        )
+    training_images(config.dataset, config.imbalance, config.n_max)  # a class that is left empty stops here
 
 
 def _check_stage1(stage: Stage1) -> None:

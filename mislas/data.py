@@ -139,12 +139,12 @@ def spec_of(name: str) -> Spec | ListSpec:
     return SPECS[name] if name in SPECS else LISTS[name]
 
 
-def training_images(name: str, imbalance: float) -> int:
-    """How many training images a dataset has, before any file is read."""
+def training_images(name: str, imbalance: float, n_max: int | None = None) -> int:
+    """How many training images a dataset has, before any file is read; see :func:`load`."""
     spec = spec_of(name)
     if isinstance(spec, ListSpec):
         return spec.train
-    return sum(long_tailed_counts(spec.train_per_class, imbalance, spec.num_classes))
+    return sum(long_tailed_counts(n_max or spec.train_per_class, imbalance, spec.num_classes))
 
 
 @dataclass(frozen=True)
@@ -253,13 +253,23 @@ def long_tailed_counts(n_max: int, imbalance: float, num_classes: int) -> tuple[
     return counts
 
 
-def long_tailed_indices(targets: np.ndarray, imbalance: float, num_classes: int) -> np.ndarray:
-    """Which images stay. Classes are cut in label order, each shuffled by one ``RandomState(0)`` (Cao et al., 2019)."""
+def long_tailed_indices(
+    targets: np.ndarray, imbalance: float, num_classes: int, n_max: int | None = None
+) -> np.ndarray:
+    """Which images stay. Classes are cut in label order, each shuffled by one ``RandomState(0)`` (Cao et al., 2019).
+
+    ``n_max`` images stay of the largest class: None is as many as the smallest class has before the cut.
+
+    Raises:
+        DataError: a class without images, or with fewer than ``n_max``.
+    """
     available = np.bincount(targets, minlength=num_classes)
     if available.min() == 0:
         raise DataError(f"class {int(available.argmin())} has no training image; every class needs at least one")
-    n_max = min(len(targets) // num_classes, int(available.min()))
-    counts = long_tailed_counts(n_max, imbalance, num_classes)
+    most = min(len(targets) // num_classes, int(available.min()))
+    if n_max is not None and n_max > most:
+        raise DataError(f"n_max is {n_max}, and there are {most} training images per class; lower it, or leave it out")
+    counts = long_tailed_counts(n_max or most, imbalance, num_classes)
     rng = np.random.RandomState(0)
     kept = []
     for k, count in enumerate(counts):
@@ -281,7 +291,12 @@ def groups(class_counts: tuple[int, ...] | list[int]) -> dict[str, list[int]]:
 
 
 def load(
-    name: str, data_root: str | os.PathLike | None = None, imbalance: float = 100, *, download: bool = False
+    name: str,
+    data_root: str | os.PathLike | None = None,
+    imbalance: float = 100,
+    *,
+    n_max: int | None = None,
+    download: bool = False,
 ) -> Dataset | ListDataset:
     """Read a dataset and cut its training set long-tailed.
 
@@ -292,7 +307,8 @@ def load(
             :data:`SPECS`: an image tree ``NAME/train/<class>/*`` and ``NAME/test/<class>/*``, a folder or
             ``NAME.tar[.xz|.gz]``. Those of :data:`LISTS`: see :func:`mislas.lists.load_from`. ``digits`` and
             ``generated`` need none.
-        imbalance: IF = N_max / N_min >= 1; 1 keeps everything. Lists are long-tailed as they are: no parameter there.
+        imbalance: IF = N_max / N_min >= 1; 1 is balanced. Lists are long-tailed as they are: no parameter there.
+        n_max: training images of the largest class, at least 1; None keeps all that it has. Nor is this one of lists.
         download: fetch CIFAR-10/100 into ``data_root`` if missing; torchvision verifies the checksum.
 
     Raises:
@@ -319,7 +335,7 @@ def load(
     else:
         splits = _tree(name, str(data_root))
     (train_images, train_targets), (test_images, test_targets), class_names = splits
-    index = long_tailed_indices(train_targets, imbalance, spec.num_classes)
+    index = long_tailed_indices(train_targets, imbalance, spec.num_classes, n_max)
     return Dataset(
         name,
         float(imbalance),

@@ -21,7 +21,7 @@ from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record, Store
-from .study import FORMS, SHIFT, Study
+from .study import ALL_IMAGES, AS_MANY, FORMS, SHIFT, Study, balanced
 from .tables import DASH, Table, measured_on, paired, star
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
@@ -29,11 +29,18 @@ SMALL = 1.0  # points within which an effect counts as "limited"; the paper call
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: a method, and what is changed of it."""
+    """One side of a comparison: a method, what is changed of it, and the data: long-tailed if ``data`` is None, else
+    that one of :func:`mislas.study.balanced`."""
 
     method: str
     imbalance: float = 100
     changes: dict[str, Any] = field(default_factory=dict)
+    data: str | None = None
+
+    def on(self, dataset: str) -> tuple[str, float, dict[str, Any]]:
+        """The run, as (method, imbalance, changes)."""
+        data = balanced(dataset, self.imbalance)[self.data] if self.data else {}
+        return self.method, self.imbalance, self.changes | data
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,9 @@ class Comparison:
         return "ECE" if self.measure == "ece" else self.measure
 
     def at(self, imbalance: float) -> Comparison:
-        """The same at another imbalance factor; a side that is balanced stays so."""
-        sides = [side if side.imbalance == 1 else replace(side, imbalance=imbalance) for side in (self.new, self.old)]
-        return replace(self, new=sides[0], old=sides[1])
+        """The same at another imbalance factor."""
+        new, old = (replace(side, imbalance=imbalance) for side in (self.new, self.old))
+        return replace(self, new=new, old=old)
 
 
 @dataclass(frozen=True)
@@ -90,10 +97,10 @@ CLAIMS: list[Claim] = [
         "so are the two-stage models.",
         "sections 1 and 4.2, Figures 1 and 7",
         [
-            Comparison("CE: long-tailed against balanced", "over-confidence", "more", Side("ce"), Side("ce", 1)),
-            Comparison("CE: long-tailed against balanced", "ece", "more", Side("ce"), Side("ce", 1)),
-            Comparison("cRT, long-tailed, against CE, balanced", "ece", "more", Side("crt"), Side("ce", 1)),
-            Comparison("LWS, long-tailed, against CE, balanced", "ece", "more", Side("lws"), Side("ce", 1)),
+            Comparison(f"{METHODS[method].title} against CE on {data}", measure, "more",
+                       Side(method), Side("ce", data=data))
+            for data in (ALL_IMAGES, AS_MANY)
+            for method, measure in (("ce", "over-confidence"), ("ce", "ece"), ("crt", "ece"), ("lws", "ece"))
         ],
     ),
     Claim(
@@ -241,8 +248,8 @@ def verdict(expected: str, low: float, high: float) -> str:
 NOT_MEASURED = "not measured"
 
 
-def _sides(study: Study, dataset: str, c: Comparison) -> list[list[Record]]:
-    return study.side_by_side(dataset, [(side.method, side.imbalance, side.changes) for side in (c.new, c.old)])
+def _runs(study: Study, dataset: str, c: Comparison) -> list[tuple[str, float, dict[str, Any]]]:
+    return [side.on(study.datasets(dataset)[0]) for side in (c.new, c.old)]
 
 
 def _provenance(study: Study, shown: Sequence[Record]) -> str:
@@ -253,10 +260,11 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     """A claim's comparisons on one dataset: effect, interval, seeds, verdict; and how to measure what is missing."""
     rows, used, shown, commands = [], [], [], []
     for c in claim.comparisons:
-        sides = _sides(study, dataset, c)
-        for side, records in zip((c.new, c.old), sides, strict=True):
+        asked = _runs(study, dataset, c)
+        sides = study.side_by_side(dataset, asked)
+        for (method, imbalance, changes), records in zip(asked, sides, strict=True):
             if not records:
-                commands.append(study.command(dataset, [side.method], side.imbalance, side.changes))
+                commands.append(study.command(dataset, [method], imbalance, changes))
         new, old = paired(*sides)
         claimed = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
         if new:
@@ -302,7 +310,7 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
         for c in claim.comparisons:
             cells, used = [], []  # text and the runs it is of; all runs
             for imbalance in imbalances:
-                new, old = paired(*_sides(study, dataset, c.at(imbalance)))
+                new, old = paired(*study.side_by_side(dataset, _runs(study, dataset, c.at(imbalance))))
                 if new:
                     measured, _, _, says = judge(new, old, c)
                     cells.append((f"{measured} {MARKS[says]}", new))
@@ -354,10 +362,11 @@ def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | No
 
 
 def _commands(dataset: str, imbalances: Sequence[float] | None, seed: int, missing: Sequence[RunConfig]) -> str:
-    """What measures missing runs of one imbalance factor: a campaign, or for the balanced model each network alone."""
+    """What measures missing runs of one imbalance factor: a campaign, or for balanced models each alone."""
     given = f"--dataset {dataset} --seed {seed} --data-root DIR"
     if missing[0].imbalance > 1:
         which = f" --imbalance {' '.join(f'{i:g}' for i in imbalances)}" if imbalances else ""
         return f"`mislas campaign {given}{which}`"
-    one = f"mislas train {given} --imbalance 1 --method ce"
-    return ", ".join(f"`{one} --set backbone={config.backbone}`" for config in missing)
+    one = f"mislas train {given} --imbalance 1 --method ce --set backbone="
+    size = {config.id: "" if config.n_max is None else f" --set n_max={config.n_max}" for config in missing}
+    return ", ".join(f"`{one}{config.backbone}{size[config.id]}`" for config in missing)

@@ -225,24 +225,24 @@ def run(
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     options = options or Options()
     check_together(options, distributed.world())
-    datasets: dict[tuple[str, float], Dataset | ListDataset] = {}
+    datasets: dict[str, Dataset | ListDataset] = {}
     for groups in distributed.agree(lambda: side_by_side(plan(configs, store), options.together)):
         with claimed(groups, store, options):
             groups = distributed.agree(lambda groups=groups: [group for group in groups if not _done(group, store)])
             if not groups:
                 continue
-            keys = list(dict.fromkeys((group[0].dataset, group[0].imbalance) for group in groups))
-            datasets = {key: data for key, data in datasets.items() if key in keys}  # no others are kept in memory
-            for name, imbalance in keys:
-                if (name, imbalance) not in datasets:
+            needed = {group[0].data_title: group[0] for group in groups}
+            datasets = {key: data for key, data in datasets.items() if key in needed}  # no others are kept in memory
+            for key, of in needed.items():
+                if key not in datasets:
                     with distributed.first():
-                        datasets[name, imbalance] = load(name, data_root, imbalance, download=download)
+                        datasets[key] = load(of.dataset, data_root, of.imbalance, n_max=of.n_max, download=download)
             first = groups[0][0]
             if len(groups) > 1:
                 _run_together([config for (config,) in groups], datasets, store, options)
                 continue
             weights = find_weights(first.stage1.weights, data_root) if _needs_weights(first) else None
-            _run_group(groups[0], datasets[first.dataset, first.imbalance], store, options, weights)
+            _run_group(groups[0], datasets[first.data_title], store, options, weights)
             distributed.agree(None)  # nobody goes on before the first has written
     return [store.get(config) for config in configs]
 
@@ -325,11 +325,11 @@ def _along_the_way(data: Dataset | ListDataset, test: Images | ImageBatches) -> 
 
 
 def _run_together(
-    configs: list[RunConfig], datasets: dict[tuple[str, float], Dataset | ListDataset], store: Store, options: Options
+    configs: list[RunConfig], datasets: dict[str, Dataset | ListDataset], store: Store, options: Options
 ) -> None:
     """Train Stage-1 runs at once. Each has its own checkpoint and is stored as it ends."""
     tests = {key: plain_images(data, options) for key, data in datasets.items()}
-    parts = [(c, datasets[c.dataset, c.imbalance], tests[c.dataset, c.imbalance]) for c in configs]
+    parts = [(config, datasets[config.data_title], tests[config.data_title]) for config in configs]
     runs = [
         stage1_run(config, data, options, store.checkpoint([config]), _along_the_way(data, test), together=len(configs))
         for config, data, test in parts

@@ -18,7 +18,7 @@ from typing import Any
 
 from . import paper
 from .config import RunConfig
-from .data import LISTS, available, dataset_name, spec_of
+from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
 from .methods import configure
 from .runs import Record, Store, run
@@ -94,6 +94,18 @@ BRIEF = {
     "tinyimagenet32": (_learned(""), {"stage1.epochs": 20}),
     **dict.fromkeys(("cifar10", "cifar10-jpeg"), (_rules(""), {"stage1.epochs": 10})),
 }
+
+
+#: Titles of the two of :func:`balanced`.
+ALL_IMAGES, AS_MANY = "all images, balanced", "as many images, balanced"
+
+
+def balanced(dataset: str, imbalance: float) -> dict[str, dict[str, Any]]:
+    """What to change of a long-tailed run to train it on balanced data, by title: on all images of the dataset, as the
+    paper does, or on as many as there are at the imbalance factor (up to rounding), so that only the balance differs.
+    """
+    same_size = training_images(dataset, imbalance) // spec_of(dataset).num_classes
+    return {ALL_IMAGES: {"imbalance": 1}, AS_MANY: {"imbalance": 1, "n_max": same_size}}
 
 
 def default_results_root() -> Path:
@@ -299,14 +311,15 @@ class Study:
         changes: dict[str, Any] | None = None,
     ) -> str:
         first = self.datasets(dataset)[0]
+        fields = self.overrides | (changes or {})
+        imbalance = fields.pop("imbalance", imbalance)
         parts = [f"mislas {name} --dataset {first}"]
         if first not in LISTS:
             parts.append(f"--imbalance {100 if imbalance is None else imbalance:g}")
         parts += more
         if self.seeds:
             parts.append(f"--seed {' '.join(map(str, self.seeds))}")
-        fields = (self.overrides | (changes or {})).items()
-        parts += [f"--set {key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in fields]
+        parts += [f"--set {k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in fields.items()]
         return " ".join([*parts, "--data-root DIR"])
 
     def provenance(self, records: Sequence[Record]) -> str:

@@ -643,7 +643,7 @@ def progress_bar(configs: Sequence[RunConfig], stage_name: str, images: int, opt
 def _describe(configs: Sequence[RunConfig], stage_name: str) -> str:
     first = configs[0]
     who = first.stage1_only.method if stage_name == "stage1" else ", ".join(config.method for config in configs)
-    return f"{first.dataset} IF={first.imbalance:g} {stage_name} {who} seed {first.seed}"
+    return f"{first.data_title} {stage_name} {who} seed {first.seed}"
 
 
 @dataclass

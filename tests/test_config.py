@@ -39,6 +39,7 @@ OTHER = {
     "imbalance": 50.0,
     "backbone": "resnet20",
     "seed": 1,
+    "n_max": 1000,
     "precision": "fp32",
     "stage1.schedule": "cosine",
     "stage1.loss": "las",
@@ -267,6 +268,9 @@ def test_an_unknown_name_lists_the_known_ones(changes, message):
         ({"imbalance": 0.5}, "imbalance factor must be >= 1"),
         ({"imbalance": float("nan")}, "imbalance factor must be >= 1"),
         ({"seed": -1}, "seed must be an integer >= 0"),
+        ({"n_max": 0}, "n_max must be in 1 .. 5000"),
+        ({"n_max": 5001}, "n_max must be in 1 .. 5000"),
+        ({"n_max": 99}, "leaves class 9 with no image (the largest class has 99)"),
         ({"epochs": 0}, "stage1.epochs must be > 0"),
         ({"batch_size": -1}, "stage1.batch_size must be > 0"),
         ({"lr": 0.0}, "stage1.lr must be > 0"),
@@ -285,8 +289,18 @@ def test_an_unknown_name_lists_the_known_ones(changes, message):
     ],
 )
 def test_a_value_outside_its_range_is_refused_when_configured(changes, message):
-    with pytest.raises(MislasError, match=message.replace(".", r"\.")):
+    with pytest.raises(MislasError, match=re.escape(message)):
         configure("cifar10", "mislas", overrides=changes)
+
+
+def test_a_list_has_no_size_to_choose():
+    with pytest.raises(MislasError, match="places-lt is long-tailed as it is"):
+        configure("places-lt", "ce", overrides={"n_max": 100})
+
+
+def test_a_run_says_what_it_trains_on():
+    smaller = MISLAS.override({"n_max": 1000})
+    assert (MISLAS.data_title, smaller.data_title) == ("cifar10-jpeg IF=100", "cifar10-jpeg IF=100 N_max=1000")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,17 @@ from PIL import Image
 from torchvision.datasets import cifar
 
 from mislas import data
-from mislas.data import SPECS, Spec, available, groups, load, long_tailed_counts, long_tailed_indices, write_atomically
+from mislas.data import (
+    SPECS,
+    Spec,
+    available,
+    groups,
+    load,
+    long_tailed_counts,
+    long_tailed_indices,
+    training_images,
+    write_atomically,
+)
 from mislas.errors import DataError, MislasError
 
 CIFAR10_LT_100 = (5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50)
@@ -73,6 +83,26 @@ def cut_like_cao(targets, imb_factor, cls_num):
 def test_the_cut_is_that_of_cao(imbalance):
     targets = np.random.RandomState(1).permutation(np.repeat(np.arange(10), 200))
     assert long_tailed_indices(targets, imbalance, 10).tolist() == cut_like_cao(targets, 1 / imbalance, 10)
+
+
+def test_a_smaller_set_is_cut_from_the_same_order():
+    """Of each class the first images that the larger one keeps."""
+    targets = np.repeat(np.arange(3), 50)
+    large, small = (long_tailed_indices(targets, 4, 3, n_max) for n_max in (None, 20))
+    assert np.bincount(targets[large]).tolist() == [50, 25, 12]
+    assert np.bincount(targets[small]).tolist() == [20, 10, 5]
+    for k, count in enumerate([20, 10, 5]):
+        assert (small[targets[small] == k] == large[targets[large] == k][:count]).all()
+
+
+def test_a_size_that_the_images_do_not_give_is_refused():
+    with pytest.raises(DataError, match="n_max is 51, and there are 50 training images per class"):
+        long_tailed_indices(np.repeat(np.arange(3), 50), 4, 3, 51)
+
+
+def test_digits_are_cut_to_a_size():
+    assert load("digits", imbalance=1, n_max=30).class_counts == (30,) * 10
+    assert training_images("digits", 1, 30) == 300
 
 
 def test_groups_end_at_100_and_20_images():

@@ -12,7 +12,7 @@ from mislas.campaign import images_per_second, jobs, wanted
 from mislas.methods import configure
 from mislas.report import CLAIMS, across, claim_table, effect, gaps, summary, verdict
 from mislas.runs import Store
-from mislas.study import Study
+from mislas.study import AS_MANY, Study, balanced
 
 N = 2000
 TARGETS = np.arange(N) % 10
@@ -143,7 +143,7 @@ def test_a_claim_shows_effects_verdicts_and_the_commands_for_the_rest(store):
     first = table.frame.iloc[0]
     assert first["verdict"] == "supports"  # over-confident by 30 points against 5
     assert float(first["measured"]) == pytest.approx(25, abs=3)
-    assert table.frame["verdict"].tolist()[2:] == ["not measured"] * 2
+    assert table.frame["verdict"].tolist()[2:] == ["not measured"] * 6
     assert any("--method crt" in note for note in table.notes)
     assert table.notes[-1].startswith("2 runs; data made up")
 
@@ -181,11 +181,25 @@ def test_other_imbalance_factors_stand_beside_the_first(store, tmp_path):
     put(study.store, configure("cifar10-jpeg", "mixup", 100), 0.6, 0.9, 100)
     frame = across(study, "cifar10").frame
     assert list(frame.columns) == ["IF 100", "IF 50", "IF 10"]
-    assert frame.index.tolist() == [f"C1, CE: long-tailed against balanced: {m}" for m in ("over-confidence", "ECE")]
+    title = "C1, CE against CE on all images, balanced"
+    assert frame.index.tolist() == [f"{title}: over-confidence", f"{title}: ECE"]
     # 30 and 0 points too sure, against 5
     assert [cell.split()[1] if " " in cell else cell for cell in frame.iloc[0]] == ["✓", "✗", "–"]
     assert [float(cell.split()[0]) for cell in frame.iloc[0][:2]] == pytest.approx([25, -5], abs=3)
     assert across(Study("stored", results_root=store.root), "cifar10").frame.empty
+
+
+def test_the_same_size_is_that_of_the_long_tail():
+    """12,406 images of CIFAR-10 at IF 100, 20,431 at IF 10."""
+    assert balanced("cifar10", 100)[AS_MANY] == {"imbalance": 1, "n_max": 1240}
+    assert balanced("cifar10", 10)[AS_MANY] == {"imbalance": 1, "n_max": 2043}
+
+
+def test_a_command_for_balanced_data_names_its_size_once(tmp_path):
+    notes = claim_table(Study("stored", results_root=tmp_path), "cifar10", CLAIMS[0]).notes
+    train = "mislas train --dataset cifar10 --imbalance 1 --method ce"
+    assert f"Not measured: `{train} --set n_max=1240 --data-root DIR`" in notes
+    assert f"Not measured: `{train} --data-root DIR`" in notes
 
 
 def test_an_empty_store_leaves_every_claim_unmeasured(tmp_path):
@@ -199,7 +213,8 @@ def test_every_side_of_every_claim_is_wanted_by_the_campaign():
     for claim in CLAIMS:
         for c in claim.comparisons:
             for side in (c.new, c.old):
-                assert configure("cifar10-jpeg", side.method, side.imbalance, 0, side.changes).id in ids, c.title
+                method, imbalance, changes = side.on("cifar10-jpeg")
+                assert configure("cifar10-jpeg", method, imbalance, 0, changes).id in ids, c.title
 
 
 def test_gaps_name_what_is_missing_its_cost_and_the_command(store):
@@ -207,12 +222,12 @@ def test_gaps_name_what_is_missing_its_cost_and_the_command(store):
     row = table.frame.iloc[0]
     assert row["runs missing"].split(" of ")[0] != "0"
     assert table.frame.index[0] == "cifar10-jpeg [1]"
-    assert table.notes == ["[1] `mislas campaign --dataset cifar10-jpeg --seed 0 --data-root DIR --imbalance 100`"]
+    assert table.notes[0] == "[1] `mislas campaign --dataset cifar10-jpeg --seed 0 --data-root DIR --imbalance 100`"
     assert float(row["million image passes"]) > 0
     empty = gaps(Store(store.root / "none"), ["cifar10"], [100])
-    assert empty.frame.iloc[-1][["IF", "runs missing"]].tolist() == ["1", "1 of 1"]
+    assert empty.frame.iloc[-1][["IF", "runs missing"]].tolist() == ["1", "2 of 2"]
     train = "mislas train --dataset cifar10 --seed 0 --data-root DIR --imbalance 1 --method ce --set backbone=resnet32"
-    assert empty.notes[-1] == f"[2] `{train}`"
+    assert empty.notes[-1] == f"[2] `{train}`, `{train} --set n_max=1240`"
 
 
 def test_gaps_look_at_the_imbalance_factors_that_a_dataset_has(tmp_path):

@@ -116,7 +116,7 @@ def compare(
     With the tiny profile the paper's numbers are left out: a smoke run is never set beside them. Where the paper has
     none, so is their column, and what is measured comes from one dataset (:meth:`mislas.study.Study.side_by_side`).
     Beside the paper's, a cell comes from the exact dataset where that is measured; if others of the table do not, these
-    are marked. A cell that has not been measured says so; the note under the table names the command.
+    are marked. A cell that has not been measured says so. Notes under the table name the commands for both.
 
     Args:
         study: whose runs to show.
@@ -146,6 +146,7 @@ def compare(
     for imbalance in imbalances:
         head = f"IF {imbalance:g}"
         missing: list[str] = []
+        copied = [method for method in known if star(found[imbalance, method], shown)]
         mark = None
         accuracy, ece = [], []
         for method in rows:
@@ -169,6 +170,8 @@ def compare(
         columns[head, "ECE"] = ece
         if missing:
             notes.append(f"[{mark}] `{study.command(dataset, missing, imbalance)}`")
+        if copied:
+            notes.append(f"[*] `{study.command(dataset, copied, imbalance)}`")
     names = {name: method.title for name, method in METHODS.items()} | (titles or {})
     frame = pd.DataFrame(columns, index=[names[method] for method in rows])
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)

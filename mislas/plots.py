@@ -84,10 +84,19 @@ def _nothing(study: Study, dataset: str, title: str | None) -> Figure:
     return figure
 
 
+#: Title, method and imbalance factor of a panel, and what is changed in its run, if anything.
+Panel = tuple[str, str, float | None] | tuple[str, str, float | None, dict[str, Any]]
+
+
+def _asked(panels: Sequence[Panel], changes: dict[str, Any] | None) -> list[tuple[str, float | None, dict[str, Any]]]:
+    """The panels' runs, as (method, imbalance, changes)."""
+    return [(method, imbalance, (changes or {}) | dict(*own)) for _, method, imbalance, *own in panels]
+
+
 def reliability_figure(
     study: Study,
     dataset: str,
-    panels: Sequence[tuple[str, str, float | None]],
+    panels: Sequence[Panel],
     columns: int = 3,
     title: str | None = None,
     changes: dict[str, Any] | None = None,
@@ -97,13 +106,13 @@ def reliability_figure(
     Args:
         study: whose runs to show.
         dataset: one of the paper's, e.g. ``"cifar10"``.
-        panels: for each panel its title, method and imbalance factor (None: see :meth:`mislas.study.Study.configs`).
-            One that has not been measured says so.
+        panels: for each panel its title, method and imbalance factor (None: see :meth:`mislas.study.Study.configs`),
+            and, if it has any, changes of its own. One that has not been measured says so.
         columns: panels in a row.
         title: what the figure calls the dataset; default :meth:`mislas.study.Study.title`.
         changes: what is changed in every run.
     """
-    found = study.side_by_side(dataset, [(method, imbalance, changes or {}) for _, method, imbalance in panels])
+    found = study.side_by_side(dataset, _asked(panels, changes))
     if not any(found):
         return _nothing(study, dataset, title)
     rows = -(-len(panels) // columns)
@@ -112,7 +121,7 @@ def reliability_figure(
         size = (3.2 * columns, 3.5 * rows)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         flat = axes.ravel()
-        for i, (ax, (heading, _, _), records) in enumerate(zip(flat, panels, found, strict=False)):
+        for i, (ax, (heading, *_), records) in enumerate(zip(flat, panels, found, strict=False)):
             ax.set_title(heading)
             if records:
                 shown.append(records[0])
@@ -142,16 +151,16 @@ def reliability_figure(
 def missing_commands(
     study: Study,
     dataset: str,
-    panels: Sequence[tuple[str, str, float | None]],
+    panels: Sequence[Panel],
     changes: dict[str, Any] | None = None,
 ) -> list[str]:
     """The commands that measure the panels that nobody has measured yet, and what they cost; see :func:`how_to`."""
-    missing: dict[float | None, list[str]] = {}
-    found = study.side_by_side(dataset, [(method, imbalance, changes or {}) for _, method, imbalance in panels])
-    for (_, method, imbalance), records in zip(panels, found, strict=True):
+    asked = _asked(panels, changes)
+    missing: dict[str, tuple[list[str], float | None, dict[str, Any]]] = {}  # methods that one command measures
+    for (method, imbalance, own), records in zip(asked, study.side_by_side(dataset, asked), strict=True):
         if not records:
-            missing.setdefault(imbalance, []).append(method)
-    return [how_to(study, dataset, methods, changes, imbalance) for imbalance, methods in missing.items()]
+            missing.setdefault(f"{imbalance} {own}", ([], imbalance, own))[0].append(method)
+    return [how_to(study, dataset, methods, own, imbalance) for methods, imbalance, own in missing.values()]
 
 
 def missing_variants(

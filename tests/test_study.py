@@ -140,6 +140,19 @@ def test_figure_says_which_panels_are_missing(store):
     assert "--method mislas" in missing_commands(study, "digits", panels)[0]
 
 
+def test_a_panel_may_have_changes_of_its_own(store):
+    """Panels with other changes cannot share a command."""
+    study = Study("stored", results_root=store.root, overrides=QUICK)
+    smaller = {"imbalance": 1, "n_max": 20}
+    panels = [("MiSLAS", "mislas", 10), ("cRT", "crt", 10), ("of 200 images", "ce", 10, smaller)]
+    together, alone = missing_commands(study, "digits", panels)
+    assert "--imbalance 10 --method mislas crt" in together
+    assert "--imbalance 1 --method ce" in alone
+    assert "--set n_max=20" in alone
+    put = {panel.get_title() for panel in reliability_figure(study, "digits", [*panels, ("CE", "ce", 10)]).axes}
+    assert {"of 200 images", "CE"} <= put
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

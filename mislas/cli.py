@@ -390,13 +390,14 @@ def _campaign(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         return
     before = files(store)
-    done = campaign(configs, store, arguments.data_root, options, budget)
-    have = sum(store.get(config) is not None for config in configs)
-    print(
-        f"{have} of {len(configs)} runs are in the store" + ("" if done else "; out of time, the same command goes on")
-    )
-    if arguments.pack and distributed.rank() == 0:
-        print(f"{pack(store, Path(arguments.pack), before)} files packed into {arguments.pack}")
+    try:
+        done = campaign(configs, store, arguments.data_root, options, budget)
+        have = sum(store.get(config) is not None for config in configs)
+        more = "" if done else "; out of time, the same command goes on"
+        print(f"{have} of {len(configs)} runs are in the store{more}")
+    finally:  # what was made until then is packed, too, if a run diverges or somebody stops it
+        if arguments.pack and distributed.rank() == 0:
+            print(f"{pack(store, Path(arguments.pack), before)} files packed into {arguments.pack}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,14 @@ class DataError(MislasError):
     """A data file is missing, damaged, or not what its name promises."""
 
 
+class Diverged(MislasError):
+    """A run's loss is no number any more. ``run`` is the identity of its configuration."""
+
+    def __init__(self, message: str, run: str):
+        super().__init__(message)
+        self.run = run
+
+
 class RecordError(MislasError):
     """A stored record, weights file or checkpoint is cut short or contradicts what is asked of it."""
 

@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from .adjust import adjust
 from .augment import Images
 from .config import Adjustment, FewShot, Memory, RunConfig
 from .data import Dataset, load, write_atomically
-from .errors import MislasError, RecordError
+from .errors import Diverged, MislasError, RecordError
 from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
 from .lists import ListDataset
@@ -221,10 +221,36 @@ def run(
 
     Returns:
         One record per configuration, in order.
+
+    Raises:
+        MislasError: a run diverged. Whatever does not build on it was trained all the same.
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     options = options or Options()
     check_together(options, distributed.world())
+    left, diverged = configs, {}
+    while True:
+        try:
+            _train(left, store, data_root, options, download)
+            break
+        except Diverged as error:
+            diverged[error.run] = error
+            left = [config for config in left if not _builds_on(config, diverged)]
+            if left and options.progress and distributed.rank() == 0:
+                tqdm.write(f"{error}; going on with the other runs", file=sys.stderr)
+    if diverged:
+        raise MislasError("; ".join(map(str, diverged.values())))
+    return [store.get(config) for config in configs]
+
+
+def _builds_on(config: RunConfig, runs: Container[str]) -> bool:
+    """Whether a run is one of these, or needs one of them trained first."""
+    return any(step.id in runs for step in (config, config.stage1_only, *config.experts))
+
+
+def _train(
+    configs: list[RunConfig], store: Store, data_root: str | os.PathLike | None, options: Options, download: bool
+) -> None:
     datasets: dict[str, Dataset | ListDataset] = {}
     for groups in distributed.agree(lambda: side_by_side(plan(configs, store), options.together)):
         with claimed(groups, store, options):
@@ -244,7 +270,6 @@ def run(
             weights = find_weights(first.stage1.weights, data_root) if _needs_weights(first) else None
             _run_group(groups[0], datasets[first.data_title], store, options, weights)
             distributed.agree(None)  # nobody goes on before the first has written
-    return [store.get(config) for config in configs]
 
 
 def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:

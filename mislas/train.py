@@ -25,7 +25,7 @@ from . import distributed
 from .augment import Images, cutmix, mixup, remix_weight
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import Dataset, write_atomically
-from .errors import MislasError, RecordError
+from .errors import Diverged, MislasError, RecordError
 from .experts import Experts, of_group
 from .lists import ListDataset
 from .losses import effective_number_weights, mean
@@ -552,7 +552,7 @@ def _loop(
     """Optimise heads (and what else is in ``groups``) on the losses that ``steps(epoch)`` yields, one per head.
 
     Raises:
-        MislasError: a run diverged. Its checkpoint, if it has one, is of an epoch before.
+        Diverged: a run did. Its checkpoint, if it has one, is of an epoch before.
     """
     stages = [getattr(config, stage_name) for config in configs]
     stage, device = stages[0], options.torch_device()
@@ -624,10 +624,11 @@ def _check_finite(configs: Sequence[RunConfig], stage_name: str, rows: Sequence[
     """Stop a run that diverged before it is checkpointed, not after the hours that are left of it."""
     for config, row in zip(configs, rows, strict=True):
         if not math.isfinite(row["train_loss"]):
-            raise MislasError(
+            raise Diverged(
                 f"{_describe([config], stage_name)} diverged: its mean loss in epoch {row['epoch']} is "
                 f"{row['train_loss']}; try a learning rate below {getattr(config, stage_name).lr:g}: "
-                f"--set {stage_name}.lr=NUMBER"
+                f"--set {stage_name}.lr=NUMBER",
+                config.id,
             )
 
 

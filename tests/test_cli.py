@@ -3,7 +3,12 @@ import json
 import pytest
 import torch
 
+from mislas import cli
+from mislas.campaign import merge
 from mislas.cli import main, parse_overrides
+from mislas.errors import MislasError
+from mislas.runs import Store, run
+from mislas.train import Options
 
 QUICK = ["--imbalance", "10", "--quiet", "--device", "cpu", "--set", "epochs=2", "--set", "stage2.epochs=1"]
 
@@ -123,3 +128,18 @@ def test_help_names_methods_datasets_and_fields(capsys):
     assert "mislas" in out
     assert "cifar10-jpeg" in out
     assert "stage2.smoothing_over" in out
+
+
+def test_a_campaign_that_ends_early_packs_what_it_made(tmp_path, monkeypatch, capsys):
+    def half(configs, store, *_):
+        run(configs[:1], store, options=Options(device="cpu", progress=False))
+        raise MislasError("the second diverged")
+
+    monkeypatch.setattr(cli, "campaign", half)
+    where = ["--results-root", str(tmp_path / "results"), "--pack", str(tmp_path / "new.tar")]
+    quick = ["--set", "epochs=1", "--set", "stage2.epochs=1"]
+    assert main(["campaign", "--dataset", "digits", "--imbalance", "10", *quick, *where]) == 2
+    printed = capsys.readouterr()
+    assert "3 files packed" in printed.out
+    assert "the second diverged" in printed.err
+    assert [record.config.method for record in merge(tmp_path / "new.tar", Store(tmp_path / "other"))] == ["ce"]

@@ -20,7 +20,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 from mislas import runs
 from mislas.augment import Images
 from mislas.data import Dataset, load
-from mislas.errors import RecordError
+from mislas.errors import MislasError, RecordError
 from mislas.evaluate import predict
 from mislas.methods import configure
 from mislas.models import backbone
@@ -165,6 +165,22 @@ def test_stage1_is_trained_again_where_only_its_weights_are_missing(store, calls
     run(config("crt"), store, options=OPTIONS)
     assert calls == [("stage1", ["ce"]), ("stage2", ["crt"])]
     assert {path: contents(store)[path] for path in before} == before
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_run_that_diverges_leaves_the_rest_to_be_trained(tmp_path, capfd, together):
+    """What builds on it is not; in a pass that it shares with others, they go on without it."""
+    store, hot = Store(tmp_path), {"stage1.lr": 1e30}
+    asked = [
+        config("lws", **hot), config("mislas"), config("crt", **{"stage2.lr": 1e30}), config("crt", **hot), LWS, CE,
+    ]  # fmt: skip
+    with pytest.raises(MislasError) as caught:
+        run(asked, store, options=replace(OPTIONS, together=together, progress=True))
+    assert [store.get(one) is not None for one in asked] == [False, True, False, False, True, True]
+    first, second = str(caught.value).split("; ")[::2]
+    assert "stage1 ce seed 0 diverged" in first
+    assert "stage2 crt seed 0 diverged" in second
+    assert capfd.readouterr().err.count("going on with the other runs") == 2
 
 
 @pytest.mark.parametrize("batches", [15, 50], ids=["in stage 1", "in stage 2"])

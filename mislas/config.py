@@ -480,6 +480,8 @@ def _check_n_max(config: RunConfig) -> None:
             f"n_max must be in 1 .. {most}, the images that {config.dataset} has of a class, got {config.n_max}"
         )
     training_images(config.dataset, config.imbalance, config.n_max)  # a class that is left empty stops here
+    if config.n_max == most:  # all there are: the same run as without
+        object.__setattr__(config, "n_max", None)
 
 
 def _check_stage1(stage: Stage1) -> None:

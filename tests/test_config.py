@@ -298,6 +298,10 @@ def test_a_list_has_no_size_to_choose():
         configure("places-lt", "ce", overrides={"n_max": 100})
 
 
+def test_the_size_that_a_dataset_has_is_no_change():
+    assert MISLAS.override({"n_max": 5000}) == MISLAS
+
+
 def test_a_run_says_what_it_trains_on():
     smaller = MISLAS.override({"n_max": 1000})
     assert (MISLAS.data_title, smaller.data_title) == ("cifar10-jpeg IF=100", "cifar10-jpeg IF=100 N_max=1000")

@@ -35,7 +35,11 @@ OTHERS = ("ldam+drw", "bbn", "remix+drw")
 RULES = ("ncm", "ncm+mixup", "logit-adjustment")
 
 #: What open questions ask of other Stage-1s: a weight decay that the authors recommend, images held out.
-WEIGHT_DECAY = {"stage1.weight_decay": 5e-4, "stage2.weight_decay": 5e-4}
+WEIGHT_DECAY = {
+    "5e-4 in both stages": {"stage1.weight_decay": 5e-4, "stage2.weight_decay": 5e-4},
+    "5e-4 in Stage-1": {"stage1.weight_decay": 5e-4},
+    "5e-4 in Stage-2": {"stage2.weight_decay": 5e-4},
+}
 HELD_OUT = ("temperature", "temperature+mixup")
 
 #: Table 1's last rows: mixup in Stage-2, too.
@@ -86,7 +90,7 @@ def wanted(
             configs += [configure(dataset, method, imbalance, seed) for method in RULES]
         configs += [configure(dataset, "ce", first, seed, changes) for changes in balanced(dataset, first).values()]
         configs += [configure(dataset, method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
-        configs.append(configure(dataset, "mislas", first, seed, WEIGHT_DECAY))
+        configs += [configure(dataset, "mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
         configs += [configure(dataset, method, first, seed) for method in HELD_OUT]
         rows, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
         configs += [configure(dataset, method, first, seed, changes | more) for method, more in _runs(rows)]

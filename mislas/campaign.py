@@ -34,7 +34,7 @@ TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws
 OTHERS = ("ldam+drw", "bbn", "remix+drw")
 RULES = ("ncm", "ncm+mixup", "logit-adjustment")
 
-#: What open questions ask of other Stage-1s: a weight decay that the authors recommend, images held out.
+#: What open questions ask of other Stage-1s: a weight decay that the authors recommend, by title; images held out.
 WEIGHT_DECAY = {
     "5e-4 in both stages": {"stage1.weight_decay": 5e-4, "stage2.weight_decay": 5e-4},
     "5e-4 in Stage-1": {"stage1.weight_decay": 5e-4},

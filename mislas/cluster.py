@@ -137,7 +137,7 @@ def independent(configs: Iterable[RunConfig]) -> list[list[RunConfig]]:
     """Runs in groups, such that no two groups build on the same Stage-1 or on the same expert."""
     groups: list[tuple[set[str], list[RunConfig]]] = []
     for config in configs:
-        needs, runs = {base.id for base in (config.stage1_only, *config.experts)}, [config]
+        needs, runs = config.needs, [config]
         touching = [group for group in groups if group[0] & needs]
         if not touching:
             groups.append((needs, runs))

@@ -261,6 +261,8 @@ class RunConfig:
             )
         if self.n_max is not None:
             _check_n_max(self)
+            if self.n_max == spec_of(self.dataset).train_per_class:  # all there are: the same run as without
+                object.__setattr__(self, "n_max", None)
         check_backbone(self.backbone)
         if not (isinstance(self.seed, int) and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
@@ -321,6 +323,11 @@ class RunConfig:
         return [
             replace(self, stage1=replace(plain, group=group), stage2=None, method=f"expert+{group}") for group in GROUPS
         ]
+
+    @property
+    def needs(self) -> set[str]:
+        """Identities of the Stage-1 runs that this one is or builds on: its own, and those that teach it."""
+        return {run.id for run in (self.stage1_only, *self.experts)}
 
     @property
     def shared_pass(self) -> str:
@@ -480,8 +487,6 @@ def _check_n_max(config: RunConfig) -> None:
             f"n_max must be in 1 .. {most}, the images that {config.dataset} has of a class, got {config.n_max}"
         )
     training_images(config.dataset, config.imbalance, config.n_max)  # a class that is left empty stops here
-    if config.n_max == most:  # all there are: the same run as without
-        object.__setattr__(config, "n_max", None)
 
 
 def _check_stage1(stage: Stage1) -> None:

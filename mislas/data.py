@@ -144,7 +144,7 @@ def training_images(name: str, imbalance: float, n_max: int | None = None) -> in
     spec = spec_of(name)
     if isinstance(spec, ListSpec):
         return spec.train
-    return sum(long_tailed_counts(n_max or spec.train_per_class, imbalance, spec.num_classes))
+    return sum(long_tailed_counts(spec.train_per_class if n_max is None else n_max, imbalance, spec.num_classes))
 
 
 @dataclass(frozen=True)
@@ -267,9 +267,11 @@ def long_tailed_indices(
     if available.min() == 0:
         raise DataError(f"class {int(available.argmin())} has no training image; every class needs at least one")
     most = min(len(targets) // num_classes, int(available.min()))
-    if n_max is not None and n_max > most:
+    if n_max is None:
+        n_max = most
+    if n_max > most:
         raise DataError(f"n_max is {n_max}, and there are {most} training images per class; lower it, or leave it out")
-    counts = long_tailed_counts(n_max or most, imbalance, num_classes)
+    counts = long_tailed_counts(n_max, imbalance, num_classes)
     rng = np.random.RandomState(0)
     kept = []
     for k, count in enumerate(counts):

@@ -367,6 +367,8 @@ def _commands(dataset: str, imbalances: Sequence[float] | None, seed: int, missi
     if missing[0].imbalance > 1:
         which = f" --imbalance {' '.join(f'{i:g}' for i in imbalances)}" if imbalances else ""
         return f"`mislas campaign {given}{which}`"
-    one = f"mislas train {given} --imbalance 1 --method ce --set backbone="
-    size = {config.id: "" if config.n_max is None else f" --set n_max={config.n_max}" for config in missing}
-    return ", ".join(f"`{one}{config.backbone}{size[config.id]}`" for config in missing)
+    commands = []
+    for config in missing:
+        size = "" if config.n_max is None else f" --set n_max={config.n_max}"
+        commands.append(f"`mislas train {given} --imbalance 1 --method ce --set backbone={config.backbone}{size}`")
+    return ", ".join(commands)

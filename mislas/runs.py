@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -235,17 +235,12 @@ def run(
             break
         except Diverged as error:
             diverged[error.run] = error
-            left = [config for config in left if not _builds_on(config, diverged)]
+            left = [config for config in left if not {config.id, *config.needs} & diverged.keys()]
             if left and options.progress and distributed.rank() == 0:
                 tqdm.write(f"{error}; going on with the other runs", file=sys.stderr)
     if diverged:
         raise MislasError("; ".join(map(str, diverged.values())))
     return [store.get(config) for config in configs]
-
-
-def _builds_on(config: RunConfig, runs: Container[str]) -> bool:
-    """Whether a run is one of these, or needs one of them trained first."""
-    return any(step.id in runs for step in (config, config.stage1_only, *config.experts))
 
 
 def _train(

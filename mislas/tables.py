@@ -146,14 +146,17 @@ def compare(
     for imbalance in imbalances:
         head = f"IF {imbalance:g}"
         missing: list[str] = []
-        copied = [method for method in known if star(found[imbalance, method], shown)]
+        copied: list[str] = []
         mark = None
         accuracy, ece = [], []
         for method in rows:
             records = found.get((imbalance, method), [])
             if records:
                 many = f" (n={len(records)})" if len(records) > 1 else ""
-                accuracy.append(percent([r.metrics["accuracy"] for r in records]) + many + star(records, shown))
+                marked = star(records, shown)
+                if marked:
+                    copied.append(method)
+                accuracy.append(percent([r.metrics["accuracy"] for r in records]) + many + marked)
                 ece.append(percent([r.metrics["ece"] for r in records]))
             elif method in METHODS:
                 mark = mark or next(marks)

@@ -222,7 +222,9 @@ def test_gaps_name_what_is_missing_its_cost_and_the_command(store):
     row = table.frame.iloc[0]
     assert row["runs missing"].split(" of ")[0] != "0"
     assert table.frame.index[0] == "cifar10-jpeg [1]"
-    assert table.notes[0] == "[1] `mislas campaign --dataset cifar10-jpeg --seed 0 --data-root DIR --imbalance 100`"
+    given = "--dataset cifar10-jpeg --seed 0 --data-root DIR"
+    small = f"mislas train {given} --imbalance 1 --method ce --set backbone=resnet32 --set n_max=1240"
+    assert table.notes == [f"[1] `mislas campaign {given} --imbalance 100`", f"[2] `{small}`"]
     assert float(row["million image passes"]) > 0
     empty = gaps(Store(store.root / "none"), ["cifar10"], [100])
     assert empty.frame.iloc[-1][["IF", "runs missing"]].tolist() == ["1", "2 of 2"]

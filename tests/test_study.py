@@ -271,8 +271,7 @@ def test_the_committed_records_are_whole_and_on_the_full_schedule():
         key = record.config.dataset, record.config.imbalance, record.config.seed
         if key not in known:
             methods = [configure(key[0], method, key[1], key[2]) for method in METHODS]
-            asked = [wanted(key[0], imbalances, [key[2]]) for imbalances in (None, [key[1]])]
-            configs = [*asked[0], *asked[1], *methods]
+            configs = [*wanted(key[0], seeds=[key[2]]), *methods]
             known[key] = {config.id for config in [*configs, *(config.stage1_only for config in configs)]}
         assert record.config.id in known[key]
         assert record.predictions().correct.mean() == pytest.approx(record.metrics["accuracy"], abs=1e-6)

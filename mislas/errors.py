@@ -11,6 +11,10 @@ class MislasError(ValueError):
     """Bad input. The message is one line and says what is allowed."""
 
 
+class UnknownName(MislasError):
+    """A name that nothing is registered under: a slip, or code that has not been loaded."""
+
+
 class DataError(MislasError):
     """A data file is missing, damaged, or not what its name promises."""
 
@@ -28,10 +32,10 @@ class RecordError(MislasError):
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
-    """Raise :class:`MislasError` for an unknown name, the known names listed with the nearest first."""
+    """Raise :class:`UnknownName`, the known names listed with the nearest first."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     near += [k for k in known if k not in near and k.rpartition(".")[2].startswith(str(name))]
     hint = f"; did you mean {near[0]!r}?" if near else "."
     rest = [n for n in known if n not in near]
-    raise MislasError(f"unknown {kind} {name!r}{hint} Known: {', '.join(near + rest)}")
+    raise UnknownName(f"unknown {kind} {name!r}{hint} Known: {', '.join(near + rest)}")

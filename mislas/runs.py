@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from .adjust import adjust
 from .augment import Images
 from .config import Adjustment, FewShot, Memory, RunConfig
 from .data import Dataset, load, write_atomically
-from .errors import Diverged, MislasError, RecordError
+from .errors import Diverged, MislasError, RecordError, UnknownName
 from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
 from .lists import ListDataset
@@ -118,8 +119,17 @@ class Store:
         return sorted({int(found[1]) for found in (re.search(r"-s(\d+)-\w+$", name.stem) for name in names) if found})
 
     def __iter__(self) -> Iterator[Record]:
+        """All records. Those that need a dataset, a loss or a sampler that is not registered are left out, with a
+        warning at the end."""
+        foreign = []
         for path in sorted(self.root.glob("*/*.json")):
-            yield read_record(path)
+            try:
+                yield read_record(path)
+            except UnknownName as error:
+                foreign.append(str(error))
+        if foreign:
+            more = f" ({len(foreign) - 1} more like it)" if len(foreign) > 1 else ""
+            warnings.warn(f"left out: {foreign[0]}{more}", stacklevel=2)
 
     def checkpoint(self, group: Sequence[RunConfig]) -> Path:
         """Where runs that train together keep their checkpoint: a name that no other group has."""
@@ -187,12 +197,19 @@ class Store:
 
 
 def read_record(path: Path, text: str | None = None) -> Record:
-    """The record in a file, or in ``text`` that is to become that file; :class:`RecordError` if it is not whole."""
+    """The record in a file, or in ``text`` that is to become that file.
+
+    Raises:
+        UnknownName: the run needs code that is not here, such as a loss that another script registers.
+        RecordError: it is not whole.
+    """
     try:
         content = json.loads(path.read_text() if text is None else text)
         config = RunConfig.from_json(content["config"])
         record = Record(config, content["metrics"], content["history"], content["provenance"], path)
         identity = content["id"]
+    except UnknownName as error:
+        raise UnknownName(f"record {path} needs code that is not loaded: {error}") from error
     except (MislasError, KeyError, TypeError, ValueError) as error:
         raise RecordError(
             f"record {path} cannot be read ({type(error).__name__}: {error}); restore it, or delete it to run again"

@@ -1,9 +1,21 @@
-"""The pages: what they must have, and the list of exercises, which has all of them and no solution."""
+"""The pages: what they must have, the list of exercises, which has all of them and no solution, and the two pages that
+add something to the library."""
 
+import ast
+import os
 import re
 from pathlib import Path
 
+import matplotlib
 import pytest
+
+matplotlib.use("Agg")
+
+from mislas.cli import main
+from mislas.data import LISTS, SPECS
+from mislas.losses import LOSSES
+from mislas.methods import METHODS, SETTINGS
+from mislas.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,3 +60,53 @@ def test_every_exercise_is_listed_with_a_link_and_without_its_solution(book):
 def test_exercises_link_nowhere_so_that_they_can_stand_on_another_page(book):
     for page in book.pages():
         assert not any("](" in exercise for *_, exercise in book.EXERCISE.findall(book.text(page))), page
+
+
+CELL = re.compile(r"^```\{code-cell\} ipython3\n(?:---\n.*?^---\n|(?::.*?\n)+)?(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def execute(cell, space):
+    """What a notebook's cell would show last, or None."""
+    tree = ast.parse(cell)
+    last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), space)
+    return eval(compile(last, "cell", "eval"), space) if last else None
+
+
+@pytest.fixture
+def registries():
+    """What a page registers is gone after the test."""
+    known = (METHODS, LOSSES, SAMPLERS, SPECS, LISTS, SETTINGS)
+    before = [dict(registry) for registry in known]
+    yield
+    for registry, old in zip(known, before, strict=True):
+        registry.clear()
+        registry.update(old)
+
+
+def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(book, registries):
+    (cell,) = CELL.findall(book.text(Path("book/add-a-method.md")))
+    assert len([line for line in cell.splitlines() if line.strip()]) < 30
+    table = execute(cell, {})
+    assert list(table.frame.index) == ["CE", "Mine", "cRT"]
+    assert float(table.frame.loc["Mine", ("IF 10", "tiny")]) > 50
+
+
+def test_the_page_that_brings_images_trains_on_both_kinds(book, registries, monkeypatch, capsys):
+    monkeypatch.setenv("MISLAS_CACHE", os.devnull)  # the page sets its own, which must not outlive the test
+    space = {}
+    shown = [execute(cell, space) for cell in CELL.findall(book.text(Path("book/bring-your-images.md")))]
+    (table,) = (value for value in shown if hasattr(value, "frame"))
+    assert float(table.frame.loc["CE", ("IF 50", "measured")]) > 60
+    said = capsys.readouterr().out
+    assert said.count("all is well") == 2
+    assert "ce {'many': 1.0" in said
+    root = space["data_root"]
+    results = ["--results-root", str(root / "results")]
+    assert main(["list", *results]) == 0
+    listed = capsys.readouterr().out
+    stage1 = next(line.split()[0] for line in listed.splitlines() if " textures " in line and " ce " in line)
+    assert main(["eval", stage1, "--data-root", str(root), *results]) == 0
+    accuracy = f"{float(table.frame.loc['CE', ('IF 50', 'measured')]) / 100:.3f}"
+    assert f"from weights: accuracy {accuracy}" in capsys.readouterr().out
+    assert main(["data", "check", "textures", "--root", str(root)]) == 0

@@ -19,12 +19,13 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from mislas import runs
 from mislas.augment import Images
-from mislas.data import Dataset, load
-from mislas.errors import MislasError, RecordError
+from mislas.data import SPECS, Dataset, load
+from mislas.errors import MislasError, RecordError, UnknownName
 from mislas.evaluate import predict
 from mislas.methods import configure
 from mislas.models import backbone
 from mislas.runs import Store, finish, plan, run
+from mislas.samplers import SAMPLERS
 from mislas.train import Options, OutOfTime, Trained
 
 QUICK = {"epochs": 3, "stage2.epochs": 2}
@@ -401,6 +402,21 @@ def test_a_damaged_record_is_refused_in_one_line_and_never_overwritten(store, ca
         assert "\n" not in str(caught.value)
     assert contents(store) == before
     assert calls == []
+
+
+def test_runs_of_code_that_is_not_loaded_are_left_out_with_one_warning(store, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(SPECS, "mine", SPECS["digits"])
+        patch.setitem(SAMPLERS, "mine", SAMPLERS["class_cyclic"])
+        of_mine, by_mine = replace(CE, dataset="mine"), CE.override({"stage1.sampler": "mine"})
+        for each in (of_mine, by_mine):
+            store.put(each, {"accuracy": 0.5}, [], {}, {})
+        assert len(list(store)) == 4
+    with pytest.warns(UserWarning, match=r"left out: .*needs code .*\(1 more like it\)") as caught:
+        assert {record.config.id for record in store} == {CE.id, LWS.id}
+    assert len(caught) == 1
+    with pytest.raises(UnknownName, match=f"{by_mine.id}.json needs code that is not loaded: unknown stage1.sam"):
+        store.get(by_mine)
 
 
 @pytest.mark.parametrize("damage", [cut, empty, lambda path: path.unlink()], ids=["cut", "empty", "missing"])

@@ -15,7 +15,7 @@ from .evaluate import Bins
 from .losses import smoothing_factors
 from .methods import SETTINGS
 from .runs import Record
-from .study import GRID, Study
+from .study import GRID, Asked, Study, by_command
 from .tables import DASH, PLACES, by_group, how_to, paired
 from .train import learning_rate_factor
 
@@ -88,7 +88,7 @@ def _nothing(study: Study, dataset: str, title: str | None) -> Figure:
 Panel = tuple[str, str, float | None] | tuple[str, str, float | None, dict[str, Any]]
 
 
-def _asked(panels: Sequence[Panel], changes: dict[str, Any] | None) -> list[tuple[str, float | None, dict[str, Any]]]:
+def _asked(panels: Sequence[Panel], changes: dict[str, Any] | None) -> list[Asked]:
     """The panels' runs, as (method, imbalance, changes)."""
     return [(method, imbalance, (changes or {}) | dict(*own)) for _, method, imbalance, *own in panels]
 
@@ -156,11 +156,8 @@ def missing_commands(
 ) -> list[str]:
     """The commands that measure the panels that nobody has measured yet, and what they cost; see :func:`how_to`."""
     asked = _asked(panels, changes)
-    missing: dict[str, tuple[list[str], float | None, dict[str, Any]]] = {}  # methods that one command measures
-    for (method, imbalance, own), records in zip(asked, study.side_by_side(dataset, asked), strict=True):
-        if not records:
-            missing.setdefault(f"{imbalance} {own}", ([], imbalance, own))[0].append(method)
-    return [how_to(study, dataset, methods, own, imbalance) for methods, imbalance, own in missing.values()]
+    missing = [run for run, records in zip(asked, study.side_by_side(dataset, asked), strict=True) if not records]
+    return [how_to(study, dataset, *command) for command in by_command(missing)]
 
 
 def missing_variants(

@@ -21,7 +21,7 @@ from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record, Store
-from .study import ALL_IMAGES, AS_MANY, FORMS, SHIFT, Study, balanced
+from .study import ALL_IMAGES, AS_MANY, FORMS, SHIFT, Asked, Study, balanced, by_command
 from .tables import DASH, Table, measured_on, paired, star
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
@@ -37,7 +37,7 @@ class Side:
     changes: dict[str, Any] = field(default_factory=dict)
     data: str | None = None
 
-    def on(self, dataset: str) -> tuple[str, float, dict[str, Any]]:
+    def on(self, dataset: str) -> Asked:
         """The run, as (method, imbalance, changes)."""
         data = balanced(dataset, self.imbalance)[self.data] if self.data else {}
         return self.method, self.imbalance, self.changes | data
@@ -248,7 +248,7 @@ def verdict(expected: str, low: float, high: float) -> str:
 NOT_MEASURED = "not measured"
 
 
-def _runs(study: Study, dataset: str, c: Comparison) -> list[tuple[str, float, dict[str, Any]]]:
+def _runs(study: Study, dataset: str, c: Comparison) -> list[Asked]:
     return [side.on(study.datasets(dataset)[0]) for side in (c.new, c.old)]
 
 
@@ -258,13 +258,11 @@ def _provenance(study: Study, shown: Sequence[Record]) -> str:
 
 def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     """A claim's comparisons on one dataset: effect, interval, seeds, verdict; and how to measure what is missing."""
-    rows, used, shown, commands = [], [], [], []
+    rows, used, shown, missing = [], [], [], []
     for c in claim.comparisons:
         asked = _runs(study, dataset, c)
         sides = study.side_by_side(dataset, asked)
-        for (method, imbalance, changes), records in zip(asked, sides, strict=True):
-            if not records:
-                commands.append(study.command(dataset, [method], imbalance, changes))
+        missing += [run for run, records in zip(asked, sides, strict=True) if not records]
         new, old = paired(*sides)
         claimed = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
         if new:
@@ -280,7 +278,7 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     frame = pd.DataFrame(rows, columns=["", "measure", "claimed", study.kind, "95% interval", "seeds", "verdict"])
     frame = frame.set_index("")
     frame.index.name = None
-    notes = [f"Not measured: `{command}`" for command in dict.fromkeys(commands)]
+    notes = [f"Not measured yet: `{study.command(dataset, *command)}`" for command in by_command(missing)]
     caption = f"{claim.name}, {study.title(dataset)}, IF 100: differences in points, bootstrap over the test images."
     return Table(frame, caption + measured_on(study, shown), [*notes, _provenance(study, shown)])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,20 @@ def balanced(dataset: str, imbalance: float) -> dict[str, dict[str, Any]]:
     """
     same_size = training_images(dataset, imbalance) // spec_of(dataset).num_classes
     return {ALL_IMAGES: {"imbalance": 1}, AS_MANY: {"imbalance": 1, "n_max": same_size}}
+
+
+#: A run of a table or a figure: method, imbalance factor, changes.
+Asked = tuple[str, float | None, dict[str, Any]]
+
+
+def by_command(runs: Iterable[Asked]) -> list[tuple[list[str], float | None, dict[str, Any]]]:
+    """Runs, by the commands that measure them: a command names several methods, which share all else. Each once."""
+    found: dict[str, tuple[list[str], float | None, dict[str, Any]]] = {}
+    for method, imbalance, changes in runs:
+        methods, *_ = found.setdefault(json.dumps([imbalance, changes], sort_keys=True), ([], imbalance, changes))
+        if method not in methods:
+            methods.append(method)
+    return list(found.values())
 
 
 def default_results_root() -> Path:
@@ -255,9 +269,7 @@ class Study:
             found += next((list(records.values()) for records in candidates if records), [])
         return found
 
-    def side_by_side(
-        self, dataset: str, asked: Sequence[tuple[str, float | None, dict[str, Any]]]
-    ) -> list[list[Record]]:
+    def side_by_side(self, dataset: str, asked: Sequence[Asked]) -> list[list[Record]]:
         """What :meth:`runs` gives for each of several runs that are to be compared, as (method, imbalance, changes).
 
         What is stored is taken from the one of :meth:`datasets` that has most of them, the exact one if they are equal:

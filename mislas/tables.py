@@ -22,7 +22,7 @@ from .config import RunConfig
 from .data import groups
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store
-from .study import Rows, Study
+from .study import Asked, Rows, Study, by_command
 
 DASH = "–"
 
@@ -316,16 +316,17 @@ def variants(
         f"{METHODS[method].title} with changes, {title or study.title(dataset)}, IF {imbalance:g}: accuracy, ECE (%), "
         "NLL (nats), and accuracy minus the first row's (points, ± standard error over the test images)."
     )
-    missing = [(method, change) for change, records in zip(changes.values(), found, strict=True) if not records]
-    notes = _commands(study, dataset, missing, imbalance)
+    asked = [(method, imbalance, change) for change in changes.values()]
+    notes = _missing(study, dataset, asked, found)
     return _table(study, frame, caption, notes, [record for records in found for record in records], beside)
 
 
-def _commands(study: Study, dataset: str, missing: Sequence[tuple[str, dict[str, Any]]], imbalance: float) -> list[str]:
-    """Notes naming the commands for runs, as (method, changes); for many, the campaign's: it trains them together."""
-    if len(missing) > 2:
-        return [f"Not measured yet: `{study.campaign_command(dataset, imbalance)}`"]
-    return [f"Not measured yet: `{study.command(dataset, [m], imbalance, changes)}`" for m, changes in missing]
+def _missing(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
+    """Notes naming the commands for the runs that were not found; for many, the campaign's: it trains them together."""
+    commands = by_command(run for run, records in zip(asked, found, strict=True) if not records)
+    if len(commands) > 3:
+        return [f"Not measured yet: `{study.campaign_command(dataset, asked[0][1])}`"]
+    return [f"Not measured yet: `{study.command(dataset, *command)}`" for command in commands]
 
 
 def learned_on(
@@ -346,15 +347,15 @@ def learned_on(
         changes: what is changed in every run.
     """
     asked = {
-        (name, column): (run[0], (changes or {}) | run[1])
+        (name, column): (run[0], imbalance, (changes or {}) | run[1])
         for name, row in rows.items()
         for column, run in zip(columns, row, strict=True)
         if run
     }
-    measured = study.side_by_side(dataset, [(method, imbalance, more) for method, more in asked.values()])
+    runs = list(asked.values())
+    measured = study.side_by_side(dataset, runs)
     found = dict(zip(asked, measured, strict=True))
     shown = [record for records in measured for record in records]
-    missing = [run for cell, run in asked.items() if not found[cell]]
     known = [g for g in ("all", "medium", "few") if any(r.metrics[GROUP_METRICS[g]] is not None for r in shown)]
     cells = {}
     for column, group in itertools.product(columns, known):
@@ -367,7 +368,7 @@ def learned_on(
         f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: "
         "by what Stage-2 learns, and by batch norm's statistics."
     )
-    return _table(study, frame, caption, _commands(study, dataset, missing, imbalance), shown)
+    return _table(study, frame, caption, _missing(study, dataset, runs, measured), shown)
 
 
 def true_probabilities(
@@ -379,7 +380,8 @@ def true_probabilities(
         methods: column titles and methods. First seed of each.
     """
     columns, shown = {}, []
-    found = study.side_by_side(dataset, [(method, imbalance, {}) for method in methods.values()])
+    asked = [(method, imbalance, {}) for method in methods.values()]
+    found = study.side_by_side(dataset, asked)
     for head, all_seeds in zip(methods, found, strict=True):
         records = all_seeds[:1]
         shown += records
@@ -392,9 +394,7 @@ def true_probabilities(
         f"Probability of the true class, {title or study.title(dataset)}, IF {imbalance:g}, first seed, {study.kind}: "
         "mean over test images, and share above 0.9 (%). A dash: not measured, or a group without classes."
     )
-    missing = [method for method, records in zip(methods.values(), found, strict=True) if not records]
-    notes = [f"Not measured yet: `{study.command(dataset, missing, imbalance)}`"] if missing else []
-    return _table(study, frame, caption, notes, shown)
+    return _table(study, frame, caption, _missing(study, dataset, asked, found), shown)
 
 
 def by_group(record: Record) -> dict[str, np.ndarray | None]:
@@ -490,18 +490,14 @@ def _shifts(
     study: Study, dataset: str, pairs: Pairs, imbalance: float
 ) -> tuple[dict[str, dict[str, dict[str, float]]], list[str], list[Record]]:
     """Sizes by row title (empty if not measured), the commands that are missing, and the records used."""
-    found, notes, shown = {}, [], []
+    found, shown = {}, []
     asked = [(method, imbalance, changes) for pair in pairs.values() for method, changes in pair]
-    everything = iter(study.side_by_side(dataset, asked))
-    for name, pair in pairs.items():
-        records = [next(everything) for _ in pair]
-        for (method, changes), measured in zip(pair, records, strict=True):
-            if not measured:
-                notes.append(f"Not measured yet: `{study.command(dataset, [method], imbalance, changes)}`")
-        before, after = paired(*records)
+    measured = study.side_by_side(dataset, asked)
+    for name, old, new in zip(pairs, measured[::2], measured[1::2], strict=True):
+        before, after = paired(old, new)
         shown += before[:1] + after[:1]
         found[name] = shift_sizes(before[0].arrays(), after[0].arrays()) if before else {}
-    return found, notes, shown
+    return found, _missing(study, dataset, asked, measured), shown
 
 
 def table5(study: Study) -> Table:
@@ -593,9 +589,9 @@ def measures(
         columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`.
         changes: what is changed in every run.
     """
-    measured = study.side_by_side(dataset, [(method, imbalance, changes or {}) for method in methods])
+    asked = [(method, imbalance, changes or {}) for method in methods]
+    measured = study.side_by_side(dataset, asked)
     found = dict(zip(methods, measured, strict=True))
-    missing = [method for method, records in found.items() if not records]
     shown = [record for records in measured for record in records]
     columns = {key: column for key, column in columns.items() if any(r.metrics[key] is not None for r in shown)}
     rows = {}
@@ -610,8 +606,7 @@ def measures(
     what = f"tiny smoke runs on {study.title(dataset)}" if study.kind == "tiny" else title or study.title(dataset)
     factor = "" if imbalance is None else f", IF {imbalance:g}"
     caption = f"Accuracy and calibration, {what}{factor}."
-    notes = [f"Not measured yet: `{study.command(dataset, missing, imbalance, changes)}`"] if missing else []
-    return _table(study, frame, caption, notes, shown)
+    return _table(study, frame, caption, _missing(study, dataset, asked, measured), shown)
 
 
 def selection(
@@ -621,11 +616,11 @@ def selection(
 
     The best is that of the epochs at which a run looked at the test set, so the difference is a lower bound.
     """
-    rows, shown, missing = {}, [], []
-    found = study.side_by_side(dataset, [(method, imbalance, {}) for method in methods])
+    rows, shown = {}, []
+    asked = [(method, imbalance, {}) for method in methods]
+    found = study.side_by_side(dataset, asked)
     for method, records in zip(methods, found, strict=True):
         shown += records
-        missing += [] if records else [method]
         looked = [[row["test_accuracy"] for row in record.history if "test_accuracy" in row] for record in records]
         if not records:
             rows[METHODS[method].title] = [DASH] * 4
@@ -644,8 +639,7 @@ def selection(
     caption = (
         f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: what selection adds."
     )
-    notes = [f"Not measured yet: `{study.command(dataset, missing, imbalance)}`"] if missing else []
-    return _table(study, frame, caption, notes, shown)
+    return _table(study, frame, caption, _missing(study, dataset, asked, found), shown)
 
 
 # ----------------------------------------------------------------------- the large benchmarks: Tables 1, 4, 6, 7, 8
@@ -655,8 +649,8 @@ def how_to(
     study: Study,
     dataset: str,
     methods: Sequence[str],
-    changes: dict[str, Any] | None = None,
     imbalance: float | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> str:
     """The command that measures some runs; as a comment, the images that pass through the network for it, Stage-1
     included, and the hours on the fastest device whose rate for such runs the store knows."""
@@ -715,7 +709,7 @@ def by_groups(
     frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE[method] for method in found])
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     shown = [record for records in found.values() for record in records]
-    notes = [f"[a] `{how_to(study, dataset, missing, changes)}`"] if missing else []
+    notes = [f"[a] `{how_to(study, dataset, missing, None, changes)}`"] if missing else []
     return _table(study, frame, _accuracy_caption(study, dataset, title), notes, shown, beside)
 
 
@@ -775,7 +769,7 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
     beside = _beside_table1(study, dataset, changes)
     heads = {"crt": "cRT", "lws": "LWS"}
     cells: dict[tuple[str, str], list[str]] = {}
-    shown, missing = {}, {}
+    shown, missing = {}, []
     for place, (head, name) in enumerate(heads.items()):
         found = []
         for setup in TABLE1_TITLES:
@@ -786,7 +780,7 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
             found.append(study.runs(dataset, method, None, changes | more))
             shown |= {record.config.id: record for record in found[-1]}
             if not found[-1]:
-                missing.setdefault(tuple(more.items()), {})[method] = None
+                missing.append((method, None, changes | more))
         if beside:
             numbers = [paper.TABLE1[setup][changes["backbone"]][place] for setup in TABLE1_TITLES]
             cells[name, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
@@ -794,18 +788,8 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
         cells[name, "ECE"] = [_metric(records, "ece", DASH) for records in found]
     frame = pd.DataFrame(cells, index=list(TABLE1_TITLES.values()))
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
-    notes = [
-        f"Not measured: `{how_to(study, dataset, list(methods), changes | dict(more))}`"
-        for more, methods in missing.items()
-    ]
-    return _table(
-        study,
-        frame,
-        _accuracy_caption(study, dataset, title),
-        notes,
-        list(shown.values()),
-        beside,
-    )
+    notes = [f"Not measured yet: `{how_to(study, dataset, *command)}`" for command in by_command(missing)]
+    return _table(study, frame, _accuracy_caption(study, dataset, title), notes, list(shown.values()), beside)
 
 
 #: What Table 1 says about mixup, as differences of its rows: new minus old.
@@ -904,7 +888,7 @@ def weight_norms(
         f"Mean L2 norm of the classifier's weights by group of classes, {title or study.title(dataset)}, first seed; "
         f"{study.kind}."
     )
-    notes = [f"Not measured: `{how_to(study, dataset, missing, changes)}`"] if missing else []
+    notes = [f"Not measured yet: `{how_to(study, dataset, missing, None, changes)}`"] if missing else []
     return _table(study, frame, caption, notes, shown)
 
 

@@ -87,10 +87,10 @@ def test_the_neighbour_of_the_large_benchmarks_is_named_as_one(stored):
 
 
 def test_commands_for_lists_have_no_imbalance_factor_and_those_for_the_neighbour_have(stored):
-    (large,) = commands(how_to(stored, "imagenet-lt", ["ce", "crt"], R50))
+    (large,) = commands(how_to(stored, "imagenet-lt", ["ce", "crt"], changes=R50))
     assert (large.dataset, large.method, large.imbalance) == ("imagenet-lt", ["ce", "crt"], [None])
     assert parse_overrides(large.set) == R50
-    (near,) = commands(how_to(stored, "tinyimagenet64", ["ce"], R50))
+    (near,) = commands(how_to(stored, "tinyimagenet64", ["ce"], changes=R50))
     assert near.imbalance == [100]
 
 

@@ -18,7 +18,7 @@ from mislas.errors import DataError, MislasError
 from mislas.methods import METHODS, configure
 from mislas.plots import missing_commands, reliability_figure
 from mislas.runs import Store, run
-from mislas.study import FORMS, GRID, SHIFT, Study
+from mislas.study import FORMS, GRID, SHIFT, Study, by_command
 from mislas.tables import compare, distance, measures, percent, table3
 from mislas.train import Options
 
@@ -138,6 +138,17 @@ def test_figure_says_which_panels_are_missing(store):
     assert any(f"Acc. {100 * accuracy:.1f}%" in text for text in texts)
     assert "not measured yet" in texts
     assert "--method mislas" in missing_commands(study, "digits", panels)[0]
+
+
+def test_a_command_names_the_methods_that_share_all_else_each_once():
+    more = {"eps_1": 0.2, "eps_k": 0.1}
+    runs = [("ce", 10, {}), ("mislas", 10, more), ("crt", 10, {}), ("ce", 50, {}), ("ce", 10, {})]
+    runs.append(("lws+las", 10, dict(reversed(more.items()))))
+    assert by_command(runs) == [
+        (["ce", "crt"], 10, {}),
+        (["mislas", "lws+las"], 10, more),
+        (["ce"], 50, {}),
+    ]
 
 
 def test_a_panel_may_have_changes_of_its_own(store):

@@ -51,8 +51,6 @@ GRID = [{"eps_1": a / 10, "eps_k": b / 10} for a in range(6) for b in range(a + 
 FORMS = [{"form": "linear"}, {"form": "convex"}] + [{"form": "power", "power": p} for p in (1 / 3, 0.5, 2.0, 3.0)]
 #: A shorter schedule than the default 200 epochs: what can be measured without a GPU of Tiny-ImageNet at 64 pixels.
 SHORT = {"backbone": "resnet10", "stage1.epochs": 30}
-#: Figure 6's control: batch norm shifted in a method that leaves it alone.
-SHIFT = {"stage2.shift_bn": True}
 #: Batch norm's statistics of a frozen backbone: left alone, or those of plain images, drawn in two ways.
 STATISTICS = ("Stage-1's", "plain images, as they come", "plain images, balanced classes")
 BALANCED = {"shift_epochs": 1}  # a running average has forgotten what it was after an epoch

@@ -18,7 +18,7 @@ from mislas.errors import DataError, MislasError
 from mislas.methods import METHODS, configure
 from mislas.plots import missing_commands, reliability_figure
 from mislas.runs import Store, run
-from mislas.study import FORMS, GRID, SHIFT, Study, by_command
+from mislas.study import FORMS, GRID, Study, by_command
 from mislas.tables import compare, distance, measures, percent, table3
 from mislas.train import Options
 
@@ -267,9 +267,10 @@ def test_full_trains_no_dataset_of_which_only_neighbours_are_at_hand(tmp_path):
 
 def test_commands_carry_changes_that_the_command_line_understands(tmp_path):
     study = Study(results_root=tmp_path, seeds=[1], overrides={"stage2.epochs": 3})
-    command = study.command("cifar10", ["lws"], 100, SHIFT | {"stage2.sampler": "class_cyclic"})
+    changes = {"stage2.shift_bn": True, "stage2.sampler": "class_cyclic"}
+    command = study.command("cifar10", ["lws"], 100, changes)
     arguments = _parser().parse_args(command.split()[1:])
-    assert parse_overrides(arguments.set) == {"stage2.epochs": 3, **SHIFT, "stage2.sampler": "class_cyclic"}
+    assert parse_overrides(arguments.set) == {"stage2.epochs": 3, **changes}
     assert arguments.seed == [1]
     campaign = _parser().parse_args(study.campaign_command("cifar100").split()[1:])
     assert (campaign.dataset, campaign.imbalance, campaign.seed) == ("cifar100", [100], [1])

@@ -10,7 +10,7 @@ import pytest
 
 from mislas import tables
 from mislas.methods import configure
-from mislas.study import LEARNED, SHIFT, Study
+from mislas.study import LEARNED, Study
 from mislas.tables import (
     BY_GROUP,
     by_group,
@@ -173,9 +173,9 @@ def test_sizes_of_a_shift_by_hand():
 
 def test_remarks_on_figure_6_follow_from_the_sizes(made_up):
     made_up("cifar10", "lws", norm=arrays(BEFORE))
-    made_up("cifar10", "lws", SHIFT, norm=arrays(AFTER))
+    made_up("cifar10", "lws+shift", norm=arrays(AFTER))
     study = Study(results_root=made_up.root)
-    pairs = {"a": (("lws", {}), ("lws", SHIFT)), "b": (("lws+mixup", {}), ("lws+mixup+shift", {}))}
+    pairs = {"a": (("lws", {}), ("lws+shift", {})), "b": (("lws+mixup", {}), ("lws+mixup+shift", {}))}
     remarks = shift_remarks(study, "cifar10", pairs).frame
     assert remarks["a", "absolute"].tolist() == ["yes", "no", "yes", "yes"]
     assert remarks["b", "relative"].tolist() == ["–"] * 4
@@ -187,8 +187,8 @@ def test_remarks_on_figure_6_follow_from_the_sizes(made_up):
 
 def test_a_shift_compares_the_same_data_only(made_up):
     made_up("cifar10", "lws")
-    made_up("cifar10-jpeg", "lws", SHIFT)
-    table = shifts(Study(results_root=made_up.root), "cifar10", {"a": (("lws", {}), ("lws", SHIFT))})
+    made_up("cifar10-jpeg", "lws+shift")
+    table = shifts(Study(results_root=made_up.root), "cifar10", {"a": (("lws", {}), ("lws+shift", {}))})
     assert table.frame.empty
 
 

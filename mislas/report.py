@@ -22,7 +22,7 @@ from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record, Store
 from .study import ALL_IMAGES, AS_MANY, FORMS, Asked, Study, balanced, by_command
-from .tables import DASH, Table, measured_on, paired, star
+from .tables import DASH, Table, measured_on, missing_notes, paired, star
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
 
@@ -323,6 +323,61 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
     legend = ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items())
     caption = f"Effects in points at each imbalance factor, {study.title(dataset)} ({study.kind}): {legend}."
     return Table(frame, caption + measured_on(study, shown), [_provenance(study, shown)])
+
+
+#: Classifiers of Figure 2, and Stage-1's own: without and with mixup in Stage-1.
+NORMS = {"Stage-1's own": ("ce", "mixup"), "cRT": ("crt", "crt+mixup"), "LWS": ("lws", "lws+mixup")}
+
+
+def norm_balance(
+    study: Study,
+    dataset: str,
+    imbalances: Sequence[float] = paper.IMBALANCES,
+    changes: dict[str, Any] | None = None,
+    title: str | None = None,
+) -> Table:
+    """Whether mixup in Stage-1 makes the classifier's weights longer for rare classes than for frequent ones: their
+    :func:`rare_over_frequent`, without and with it, mean over seeds, and whether it rises.
+
+    Weights are no matter of test images, so there is no interval.
+
+    Args:
+        changes: what is changed in every run.
+        title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
+    """
+    columns: dict[str, list[tuple[str, list[Record]]]] = {}  # text, and the runs it is of
+    shown, notes = [], []
+    for imbalance in imbalances:
+        asked = [(method, imbalance, changes or {}) for pair in NORMS.values() for method in pair]
+        measured = study.side_by_side(dataset, asked)
+        notes += missing_notes(study, dataset, asked, measured)
+        cells = columns[f"IF {imbalance:g}"] = []
+        for without, mixed in zip(measured[::2], measured[1::2], strict=True):
+            new, old = paired(mixed, without)
+            if not new:
+                cells.append((DASH, []))
+                continue
+            before, after = (np.mean([rare_over_frequent(record) for record in side]) for side in (old, new))
+            mark = MARKS["supports" if after > before else "contradicts"]
+            cells.append((f"{before:.2f} → {after:.2f} {mark}", new))
+            shown += new + old
+    columns = {name: [text + star(of, shown) for text, of in cells] for name, cells in columns.items()}
+    caption = (
+        "Mean weight norm of the rarer half of the classes over that of the other half, without and with mixup in "
+        f"Stage-1, {title or study.title(dataset)} ({study.kind}): "
+        f"{MARKS['supports']} it rises, {MARKS['contradicts']} it falls."
+    )
+    frame = pd.DataFrame(columns, index=list(NORMS))
+    return Table(frame, caption + measured_on(study, shown), [*notes, _provenance(study, shown)])
+
+
+def rare_over_frequent(record: Record) -> float:
+    """Mean norm of the classifier's weights over the rarer half of the classes, by that over the more frequent half; a
+    class in the middle counts for neither."""
+    arrays = record.arrays()
+    norms = arrays["weight_norm"][np.argsort(arrays["class_counts"], kind="stable")]
+    half = len(norms) // 2
+    return float(norms[:half].mean() / norms[-half:].mean())
 
 
 # ------------------------------------------------------------------------------------------------------------- gaps

@@ -317,11 +317,11 @@ def variants(
         "NLL (nats), and accuracy minus the first row's (points, ± standard error over the test images)."
     )
     asked = [(method, imbalance, change) for change in changes.values()]
-    notes = _missing(study, dataset, asked, found)
+    notes = missing_notes(study, dataset, asked, found)
     return _table(study, frame, caption, notes, [record for records in found for record in records], beside)
 
 
-def _missing(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
+def missing_notes(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
     """Notes naming the commands for the runs that were not found; for many, the campaign's: it trains them together."""
     commands = by_command(run for run, records in zip(asked, found, strict=True) if not records)
     if len(commands) > 3:
@@ -368,7 +368,7 @@ def learned_on(
         f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: "
         "by what Stage-2 learns, and by batch norm's statistics."
     )
-    return _table(study, frame, caption, _missing(study, dataset, runs, measured), shown)
+    return _table(study, frame, caption, missing_notes(study, dataset, runs, measured), shown)
 
 
 def true_probabilities(
@@ -394,7 +394,7 @@ def true_probabilities(
         f"Probability of the true class, {title or study.title(dataset)}, IF {imbalance:g}, first seed, {study.kind}: "
         "mean over test images, and share above 0.9 (%). A dash: not measured, or a group without classes."
     )
-    return _table(study, frame, caption, _missing(study, dataset, asked, found), shown)
+    return _table(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
 
 
 def by_group(record: Record) -> dict[str, np.ndarray | None]:
@@ -497,7 +497,7 @@ def _shifts(
         before, after = paired(old, new)
         shown += before[:1] + after[:1]
         found[name] = shift_sizes(before[0].arrays(), after[0].arrays()) if before else {}
-    return found, _missing(study, dataset, asked, measured), shown
+    return found, missing_notes(study, dataset, asked, measured), shown
 
 
 def table5(study: Study) -> Table:
@@ -606,7 +606,7 @@ def measures(
     what = f"tiny smoke runs on {study.title(dataset)}" if study.kind == "tiny" else title or study.title(dataset)
     factor = "" if imbalance is None else f", IF {imbalance:g}"
     caption = f"Accuracy and calibration, {what}{factor}."
-    return _table(study, frame, caption, _missing(study, dataset, asked, measured), shown)
+    return _table(study, frame, caption, missing_notes(study, dataset, asked, measured), shown)
 
 
 def selection(
@@ -639,7 +639,7 @@ def selection(
     caption = (
         f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: what selection adds."
     )
-    return _table(study, frame, caption, _missing(study, dataset, asked, found), shown)
+    return _table(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
 
 
 # ----------------------------------------------------------------------- the large benchmarks: Tables 1, 4, 6, 7, 8

@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from mislas.campaign import images_per_second, jobs, wanted
 from mislas.methods import configure
-from mislas.report import CLAIMS, across, claim_table, effect, gaps, summary, verdict
+from mislas.report import CLAIMS, across, claim_table, effect, gaps, norm_balance, summary, verdict
 from mislas.runs import Store
 from mislas.study import AS_MANY, Study, balanced
 
@@ -205,6 +205,25 @@ def test_a_command_for_balanced_data_names_its_size_once(tmp_path):
 def test_an_empty_store_leaves_every_claim_unmeasured(tmp_path):
     study = Study("stored", results_root=tmp_path)
     assert set(claim_table(study, "cifar10", CLAIMS[4]).frame["verdict"]) == {"not measured"}
+
+
+def test_norms_of_rare_classes_are_held_against_those_of_frequent_ones(made_up):
+    """Of five classes the rarest two and the most frequent two, in whatever order; means over seeds."""
+
+    def norms(*values):
+        return {"weight_norm": np.array(values), "class_counts": np.array([9, 500, 80, 3, 200])}
+
+    made_up("cifar10", "crt", norm=norms(1, 3, 100, 2, 1))  # 1.5 / 2
+    made_up("cifar10", "crt+mixup", norm=norms(2, 1, 100, 4, 3))  # 3 / 2
+    made_up("cifar10", "crt+mixup", norm=norms(9, 1, 1, 9, 1), seed=1)  # no such run without mixup
+    for seed, rare in enumerate((1, 2)):
+        made_up("cifar10", "lws", norm=norms(2, 2, 0, 2, 2), seed=seed)
+        made_up("cifar10", "lws+mixup", norm=norms(rare, 2, 0, rare, 2), seed=seed)  # 1 / 2 and 1
+    table = norm_balance(Study(results_root=made_up.root), "cifar10", [100, 50])
+    assert table.frame["IF 100"].tolist() == ["–", "0.75 → 1.50 ✓", "1.00 → 0.75 ✗"]
+    assert table.frame["IF 50"].tolist() == ["–"] * 3
+    assert "--imbalance 100 --method ce mixup " in table.notes[0]
+    assert "--imbalance 50 --method ce mixup crt crt+mixup lws lws+mixup " in table.notes[1]
 
 
 def test_every_side_of_every_claim_is_wanted_by_the_campaign():

@@ -15,7 +15,7 @@ from .evaluate import Bins
 from .losses import smoothing_factors
 from .methods import SETTINGS
 from .runs import Record
-from .study import GRID, Asked, Study, by_command
+from .study import GRID, Asked, Study, missing_by_command
 from .tables import DASH, PLACES, by_group, how_to, paired
 from .train import learning_rate_factor
 
@@ -156,8 +156,8 @@ def missing_commands(
 ) -> list[str]:
     """The commands that measure the panels that nobody has measured yet, and what they cost; see :func:`how_to`."""
     asked = _asked(panels, changes)
-    missing = [run for run, records in zip(asked, study.side_by_side(dataset, asked), strict=True) if not records]
-    return [how_to(study, dataset, *command) for command in by_command(missing)]
+    missing = missing_by_command(asked, study.side_by_side(dataset, asked))
+    return [how_to(study, dataset, *command) for command in missing]
 
 
 def missing_variants(

@@ -21,8 +21,8 @@ from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record, Store
-from .study import ALL_IMAGES, AS_MANY, FORMS, Asked, Study, balanced, by_command
-from .tables import DASH, Table, measured_on, missing_notes, paired, star
+from .study import ALL_IMAGES, AS_MANY, FORMS, Asked, Study, balanced, missing_by_command
+from .tables import DASH, Table, measured_on, missing_notes, paired, star, starred
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
 
@@ -258,11 +258,11 @@ def _provenance(study: Study, shown: Sequence[Record]) -> str:
 
 def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     """A claim's comparisons on one dataset: effect, interval, seeds, verdict; and how to measure what is missing."""
-    rows, used, shown, missing = [], [], [], []
+    rows, used, shown, asked, found = [], [], [], [], []
     for c in claim.comparisons:
-        asked = _runs(study, dataset, c)
-        sides = study.side_by_side(dataset, asked)
-        missing += [run for run, records in zip(asked, sides, strict=True) if not records]
+        runs = _runs(study, dataset, c)
+        sides = study.side_by_side(dataset, runs)
+        asked, found = asked + runs, found + sides
         new, old = paired(*sides)
         claimed = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
         if new:
@@ -278,7 +278,7 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     frame = pd.DataFrame(rows, columns=["", "measure", "claimed", study.kind, "95% interval", "seeds", "verdict"])
     frame = frame.set_index("")
     frame.index.name = None
-    notes = [f"Not measured yet: `{study.command(dataset, *command)}`" for command in by_command(missing)]
+    notes = [f"Not measured yet: `{study.command(dataset, *command)}`" for command in missing_by_command(asked, found)]
     caption = f"{claim.name}, {study.title(dataset)}, IF 100: differences in points, bootstrap over the test images."
     return Table(frame, caption + measured_on(study, shown), [*notes, _provenance(study, shown)])
 
@@ -318,7 +318,7 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
             if any(of for _, of in cells[1:]):
                 rows[f"{claim.name}, {c.title}: {c.name}"] = cells
                 shown += used
-    rows = {name: [text + star(of, shown) for text, of in cells] for name, cells in rows.items()}
+    rows = starred(rows, shown)
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
     legend = ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items())
     caption = f"Effects in points at each imbalance factor, {study.title(dataset)} ({study.kind}): {legend}."
@@ -361,13 +361,12 @@ def norm_balance(
             mark = MARKS["supports" if after > before else "contradicts"]
             cells.append((f"{before:.2f} → {after:.2f} {mark}", new))
             shown += new + old
-    columns = {name: [text + star(of, shown) for text, of in cells] for name, cells in columns.items()}
     caption = (
         "Mean weight norm of the rarer half of the classes over that of the other half, without and with mixup in "
         f"Stage-1, {title or study.title(dataset)} ({study.kind}): "
         f"{MARKS['supports']} it rises, {MARKS['contradicts']} it falls."
     )
-    frame = pd.DataFrame(columns, index=list(NORMS))
+    frame = pd.DataFrame(starred(columns, shown), index=list(NORMS))
     return Table(frame, caption + measured_on(study, shown), [*notes, _provenance(study, shown)])
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,24 @@ def balanced(dataset: str, imbalance: float) -> dict[str, dict[str, Any]]:
 Asked = tuple[str, float | None, dict[str, Any]]
 
 
-def by_command(runs: Iterable[Asked]) -> list[tuple[list[str], float | None, dict[str, Any]]]:
-    """Runs, by the commands that measure them: a command names several methods, which share all else. Each once."""
-    found: dict[str, tuple[list[str], float | None, dict[str, Any]]] = {}
-    for method, imbalance, changes in runs:
-        methods, *_ = found.setdefault(json.dumps([imbalance, changes], sort_keys=True), ([], imbalance, changes))
-        if method not in methods:
-            methods.append(method)
-    return list(found.values())
+def missing_by_command(
+    asked: Sequence[Asked], found: Sequence[Sequence[Record]]
+) -> list[tuple[list[str], float | None, dict[str, Any]]]:
+    """The runs of which no record was found, by the commands that measure them: a command names several methods, which
+    share all else. Each once.
+
+    Args:
+        asked: the runs.
+        found: the records of each, as :meth:`Study.side_by_side` gives them.
+    """
+    commands: dict[str, tuple[list[str], float | None, dict[str, Any]]] = {}
+    for (method, imbalance, changes), records in zip(asked, found, strict=True):
+        if not records:
+            key = json.dumps([imbalance, changes], sort_keys=True)
+            methods, *_ = commands.setdefault(key, ([], imbalance, changes))
+            if method not in methods:
+                methods.append(method)
+    return list(commands.values())
 
 
 def default_results_root() -> Path:

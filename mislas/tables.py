@@ -22,7 +22,7 @@ from .config import RunConfig
 from .data import groups
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store
-from .study import Asked, Rows, Study, by_command
+from .study import Asked, Rows, Study, missing_by_command
 
 DASH = "–"
 
@@ -95,6 +95,11 @@ def measured_on(study: Study, shown: Sequence[Record]) -> str:
 def star(records: Sequence[Record], shown: Sequence[Record]) -> str:
     """The mark of a cell whose runs saw other images than the exact ones that some of its table saw."""
     return "*" if records and records[0].config.dataset in _used(shown)[1:] else ""
+
+
+def starred(cells: dict[str, list[tuple[str, Sequence[Record]]]], shown: Sequence[Record]) -> dict[str, list[str]]:
+    """Rows or columns of cells, each with its :func:`star`; a cell comes as its text and the runs that it is of."""
+    return {name: [text + star(of, shown) for text, of in found] for name, found in cells.items()}
 
 
 def _used(shown: Sequence[Record]) -> list[str]:
@@ -324,7 +329,7 @@ def variants(
 
 def missing_notes(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
     """Notes naming the commands for the runs that were not found; for many, the campaign's: it trains them together."""
-    commands = by_command(run for run, records in zip(asked, found, strict=True) if not records)
+    commands = missing_by_command(asked, found)
     if len(commands) > 3:
         return [f"Not measured yet: `{study.campaign_command(dataset, asked[0][1])}`"]
     return [f"Not measured yet: `{study.command(dataset, *command)}`" for command in commands]
@@ -770,7 +775,7 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
     beside = _beside_table1(study, dataset, changes)
     heads = {"crt": "cRT", "lws": "LWS"}
     cells: dict[tuple[str, str], list[str]] = {}
-    shown, missing = {}, []
+    shown, asked, measured = {}, [], []
     for place, (head, name) in enumerate(heads.items()):
         found = []
         for setup in TABLE1_TITLES:
@@ -780,8 +785,8 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
                 study.runs(dataset, together, None, changes | more)
             found.append(study.runs(dataset, method, None, changes | more))
             shown |= {record.config.id: record for record in found[-1]}
-            if not found[-1]:
-                missing.append((method, None, changes | more))
+            asked.append((method, None, changes | more))
+        measured += found
         if beside:
             numbers = [paper.TABLE1[setup][changes["backbone"]][place] for setup in TABLE1_TITLES]
             cells[name, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
@@ -789,7 +794,8 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
         cells[name, "ECE"] = [_metric(records, "ece", DASH) for records in found]
     frame = pd.DataFrame(cells, index=list(TABLE1_TITLES.values()))
     frame.columns = pd.MultiIndex.from_tuples(frame.columns)
-    notes = [f"Not measured yet: `{how_to(study, dataset, *command)}`" for command in by_command(missing)]
+    missing = missing_by_command(asked, measured)
+    notes = [f"Not measured yet: `{how_to(study, dataset, *command)}`" for command in missing]
     return _table(study, frame, _accuracy_caption(study, dataset, title), notes, list(shown.values()), beside)
 
 
@@ -909,7 +915,7 @@ def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMB
                 cells.append((DASH, []))
         if any(records for _, records in cells):
             rows[paper.TITLES[method]] = cells
-    rows = {name: [text + star(of, shown) for text, of in cells] for name, cells in rows.items()}
+    rows = starred(rows, shown)
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
     caption = (
         f"Top-1 accuracy, {paper.DATASETS[dataset]}: measured minus paper, in points; a dash where one is missing."

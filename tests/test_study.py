@@ -18,7 +18,7 @@ from mislas.errors import DataError, MislasError
 from mislas.methods import METHODS, configure
 from mislas.plots import missing_commands, reliability_figure
 from mislas.runs import Store, run
-from mislas.study import FORMS, GRID, Study, by_command
+from mislas.study import FORMS, GRID, Study, missing_by_command
 from mislas.tables import compare, distance, measures, percent, table3
 from mislas.train import Options
 
@@ -144,11 +144,12 @@ def test_a_command_names_the_methods_that_share_all_else_each_once():
     more = {"eps_1": 0.2, "eps_k": 0.1}
     runs = [("ce", 10, {}), ("mislas", 10, more), ("crt", 10, {}), ("ce", 50, {}), ("ce", 10, {})]
     runs.append(("lws+las", 10, dict(reversed(more.items()))))
-    assert by_command(runs) == [
+    assert missing_by_command(runs, [[]] * len(runs)) == [
         (["ce", "crt"], 10, {}),
         (["mislas", "lws+las"], 10, more),
         (["ce"], 50, {}),
     ]
+    assert missing_by_command(runs[:2], [["a record"], []]) == [(["mislas"], 10, more)]
 
 
 def test_a_panel_may_have_changes_of_its_own(store):

@@ -7,6 +7,7 @@ open, and nothing of how another training would have come out; for that there ar
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -283,19 +284,37 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     return Table(frame, caption + measured_on(study, shown), [*notes, _provenance(study, shown)])
 
 
+MARKS = {"supports": "✓", "contradicts": "✗", "leaves open": "?"}
+LEGEND = ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items())
+
+
 def summary(study: Study, dataset: str) -> Table:
-    """How many comparisons of each claim support it, contradict it, leave it open, or have not been made."""
-    kinds = ["supports", "contradicts", "leaves open", NOT_MEASURED]
+    """How many comparisons of each claim support it, contradict it, leave it open, or have not been made, as
+    :data:`MARKS`; and between which ends the effects on accuracy and ECE lie, in points."""
     rows = {}
     for claim in CLAIMS:
-        found = claim_table(study, dataset, claim).frame["verdict"].tolist()
-        counts = [found.count(kind) for kind in kinds[:-1]]
-        rows[f"{claim.name}: {claim.text}"] = [*counts, len(found) - sum(counts)]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=kinds)
-    return Table(frame, f"Comparisons per claim, {study.title(dataset)}, IF 100 ({study.kind}).")
+        verdicts, effects = [], defaultdict(list)
+        for c in claim.comparisons:
+            new, old = paired(*study.side_by_side(dataset, _runs(study, dataset, c)))
+            if new:
+                middle, low, high = effect(new, old, c.measure)
+                verdicts.append(MARKS[verdict(c.expected, low, high)])
+                effects[c.measure].append(middle)
+        verdicts += [DASH] * (len(claim.comparisons) - len(verdicts))
+        rows[f"{claim.name}: {claim.text}"] = verdicts, [_span(effects[measure]) for measure in ("accuracy", "ece")]
+    norms = norm_balance(study, dataset, [100]).frame["IF 100"]
+    rows[f"C7: {NORMS_CLAIM}"] = [cell.rstrip("*")[-1] for cell in norms], [DASH, DASH]
+    marks = [*MARKS.values(), DASH]
+    cells = [[*(verdicts.count(mark) for mark in marks), *spans] for verdicts, spans in rows.values()]
+    frame = pd.DataFrame(cells, index=list(rows), columns=[*marks, "accuracy", "ECE"])
+    caption = f"Comparisons per claim, {study.title(dataset)}, IF 100 ({study.kind}): {LEGEND}, {DASH} not measured."
+    return Table(frame, f"{caption} Effects on accuracy and ECE in points, from the lowest to the highest.")
 
 
-MARKS = {"supports": "✓", "contradicts": "✗", "leaves open": "?"}
+def _span(effects: Sequence[float]) -> str:
+    """The lowest and the highest effect, as text."""
+    ends = [f"{end:+.1f}" for end in (min(effects), max(effects))] if effects else [DASH]
+    return " to ".join(dict.fromkeys(ends))
 
 
 def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
@@ -320,12 +339,12 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
                 shown += used
     rows = starred(rows, shown)
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
-    legend = ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items())
-    caption = f"Effects in points at each imbalance factor, {study.title(dataset)} ({study.kind}): {legend}."
+    caption = f"Effects in points at each imbalance factor, {study.title(dataset)} ({study.kind}): {LEGEND}."
     return Table(frame, caption + measured_on(study, shown), [_provenance(study, shown)])
 
 
 #: Classifiers of Figure 2, and Stage-1's own: without and with mixup in Stage-1.
+NORMS_CLAIM = "With mixup in Stage-1, weights of rare classes grow beside those of frequent ones."
 NORMS = {"Stage-1's own": ("ce", "mixup"), "cRT": ("crt", "crt+mixup"), "LWS": ("lws", "lws+mixup")}
 
 

@@ -32,6 +32,8 @@ def put(store, config, accuracy, confidence, seed=0, **source):
         "predicted": np.where(right, TARGETS, (TARGETS + 1) % 10).astype(np.uint8),
         "confidence": np.rint(sure * 65535).astype(np.uint16),
         "true_probability": np.rint(np.where(right, sure, 0.05) * 65535).astype(np.uint16),
+        "weight_norm": np.linspace(2, 1 + 0.5 * ("mixup" in config.method), 10),
+        "class_counts": np.arange(10, 0, -1),
     }
     metrics = {"accuracy": right.mean(), "ece": 0.1, "nll": 1.0}
     return store.put(config, metrics, [], arrays, SOURCE | source)
@@ -168,9 +170,21 @@ def test_a_comparison_is_made_on_one_set_of_images_and_a_copy_is_marked(tmp_path
 
 
 def test_the_summary_counts_every_comparison_once(store):
-    table = summary(Study("stored", results_root=store.root), "cifar10")
-    assert table.frame.sum(axis=1).tolist() == [len(claim.comparisons) for claim in CLAIMS]
-    assert table.frame.iloc[5]["supports"] == 4  # against CE and mixup, in accuracy and ECE
+    frame = summary(Study("stored", results_root=store.root), "cifar10").frame
+    marks = ["✓", "✗", "?", "–"]
+    assert frame[marks].sum(axis=1).tolist() == [*(len(claim.comparisons) for claim in CLAIMS), 3]
+    assert frame.iloc[5][marks].tolist() == [4, 0, 0, 11]  # against CE and mixup, in accuracy and ECE
+    assert frame.iloc[6][marks].tolist() == [1, 0, 0, 2]  # norms of Stage-1's own classifier
+
+
+def test_the_summary_says_between_which_ends_effects_lie(store):
+    """MiSLAS is right by 0.8, CE by 0.6, mixup by 0.61; their ECEs are 0.05, 0.3, 0.19."""
+    accuracy, ece = summary(Study("stored", results_root=store.root), "cifar10").frame.iloc[5][["accuracy", "ECE"]]
+    assert [float(end) for end in accuracy.split(" to ")] == pytest.approx([19, 20], abs=4)
+    assert [float(end) for end in ece.split(" to ")] == pytest.approx([-25, -14], abs=4)
+    once = summary(Study("stored", results_root=store.root), "cifar10").frame.iloc[0]
+    assert once["accuracy"] == "–"
+    assert float(once["ECE"]) == pytest.approx(25, abs=4)  # against the balanced model: one effect, not a span
 
 
 def test_other_imbalance_factors_stand_beside_the_first(store, tmp_path):

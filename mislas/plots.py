@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from .data import SPECS, long_tailed_counts
 from .evaluate import Bins
 from .losses import smoothing_factors
-from .methods import SETTINGS
 from .runs import Record
 from .study import GRID, Asked, Study, missing_by_command
 from .tables import DASH, PLACES, by_group, how_to, paired
@@ -174,10 +173,9 @@ def schedule_figure(study: Study, datasets: Sequence[str]) -> Figure:
     """Learning rate over the epochs of both stages, as the code sets it for MiSLAS. Nothing here is measured.
 
     Args:
-        datasets: the paper's; datasets with the same two curves share a line. One without code yet is left out.
+        datasets: the paper's; datasets with the same two curves share a line.
     """
-    known = [name for name in datasets if study.kind == "tiny" or name in SETTINGS]
-    configs = {study.title(name): study.configs(name, "mislas")[0] for name in known}
+    configs = {study.title(name): study.configs(name, "mislas")[0] for name in datasets}
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 1, figsize=(6, 6.4), layout="constrained")
         for ax, stage in zip(axes, ("stage1", "stage2"), strict=True):
@@ -387,10 +385,8 @@ def weight_norm_figure(
     Args:
         panels: panel titles, and for each its two curves: legend and method.
     """
-    found = {
-        heading: {label: study.runs(dataset, method, None, changes)[:1] for label, method in curves.items()}
-        for heading, curves in panels.items()
-    }
+    measured = iter(study.each(dataset, [(m, None, changes) for curves in panels.values() for m in curves.values()]))
+    found = {heading: {label: next(measured)[:1] for label in curves} for heading, curves in panels.items()}
     shown = [record for curves in found.values() for records in curves.values() for record in records]
     if not shown:
         return _nothing(study, dataset, title)

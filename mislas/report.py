@@ -7,7 +7,7 @@ open, and nothing of how another training would have come out; for that there ar
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -22,8 +22,8 @@ from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record, Store
-from .study import ALL_IMAGES, AS_MANY, FORMS, Asked, Study, balanced, missing_by_command
-from .tables import DASH, Table, measured_on, missing_notes, paired, star, starred
+from .study import ALL_IMAGES, AS_MANY, FORMS, Asked, Study, balanced
+from .tables import DASH, Table, missing_notes, paired, star, starred, table_of
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
 
@@ -222,15 +222,6 @@ def _interval(difference: np.ndarray, level: float = 0.95) -> tuple[float, float
     return float(difference[0]), float(low), float(high)
 
 
-def judge(new: Sequence[Record], old: Sequence[Record], c: Comparison) -> tuple[str, float, float, str]:
-    """A comparison's effect as text, with several seeds ± the standard deviation (n - 1) of theirs; the ends of its
-    interval (see :func:`effect`); and the verdict."""
-    differences = _differences(new, old, c.measure)
-    middle, low, high = _interval(differences.mean(axis=0))
-    spread = f" ± {differences[:, 0].std(ddof=1):.1f}" if len(new) > 1 else ""
-    return f"{middle:+.1f}{spread}", low, high, verdict(c.expected, low, high)
-
-
 def verdict(expected: str, low: float, high: float) -> str:
     """What an interval says of a claim: ``"supports"``, ``"contradicts"`` or ``"leaves open"``.
 
@@ -249,39 +240,68 @@ def verdict(expected: str, low: float, high: float) -> str:
 NOT_MEASURED = "not measured"
 
 
-def _runs(study: Study, dataset: str, c: Comparison) -> list[Asked]:
-    return [side.on(study.datasets(dataset)[0]) for side in (c.new, c.old)]
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured of a comparison.
+
+    Attributes:
+        asked: the two runs.
+        found: their records.
+        new, old: those of equal data and seeds; if there are none, so is what follows.
+        effect: ``new`` minus ``old`` in points, mean over seeds.
+        spread: standard deviation (n - 1) of the seeds' effects; None of a single one.
+        low, high: see :func:`effect`.
+        says: see :func:`verdict`.
+    """
+
+    asked: list[Asked]
+    found: list[list[Record]]
+    new: list[Record]
+    old: list[Record]
+    effect: float = math.nan
+    spread: float | None = None
+    low: float = math.nan
+    high: float = math.nan
+    says: str = NOT_MEASURED
+
+    def __str__(self) -> str:
+        return DASH if not self.new else f"{self.effect:+.1f}" + (f" ± {self.spread:.1f}" if self.spread else "")
 
 
-def _provenance(study: Study, shown: Sequence[Record]) -> str:
-    return study.provenance(list({record.config.id: record for record in shown}.values()))
+def outcome(study: Study, dataset: str, c: Comparison) -> Outcome:
+    """A comparison, held against the runs of a study."""
+    asked = [side.on(study.datasets(dataset)[0]) for side in (c.new, c.old)]
+    found = study.side_by_side(dataset, asked)
+    new, old = paired(*found)
+    if not new:
+        says = "no common data and seed" if all(found) else NOT_MEASURED
+        return Outcome(asked, found, new, old, says=says)
+    differences = _differences(new, old, c.measure)
+    middle, low, high = _interval(differences.mean(axis=0))
+    spread = float(differences[:, 0].std(ddof=1)) if len(new) > 1 else None
+    return Outcome(asked, found, new, old, middle, spread, low, high, verdict(c.expected, low, high))
 
 
 def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     """A claim's comparisons on one dataset: effect, interval, seeds, verdict; and how to measure what is missing."""
-    rows, used, shown, asked, found = [], [], [], [], []
-    for c in claim.comparisons:
-        runs = _runs(study, dataset, c)
-        sides = study.side_by_side(dataset, runs)
-        asked, found = asked + runs, found + sides
-        new, old = paired(*sides)
-        claimed = {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected)
-        if new:
-            shown += new + old
-            measured, low, high, says = judge(new, old, c)
-            cells = [measured, f"{low:+.1f} to {high:+.1f}", str(len(new)), says]
-        else:
-            cells = [DASH, DASH, "0", "no common data and seed" if all(sides) else NOT_MEASURED]
-        rows.append([c.title, c.name, claimed, *cells])
-        used.append(new)
-    for row, new in zip(rows, used, strict=True):
-        row[3] += star(new, shown)
-    frame = pd.DataFrame(rows, columns=["", "measure", "claimed", study.kind, "95% interval", "seeds", "verdict"])
-    frame = frame.set_index("")
-    frame.index.name = None
-    notes = [f"Not measured yet: `{study.command(dataset, *command)}`" for command in missing_by_command(asked, found)]
+    outcomes = [outcome(study, dataset, c) for c in claim.comparisons]
+    shown = [record for o in outcomes for record in o.new + o.old]
+    cells = [
+        [
+            c.name,
+            {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected),
+            f"{o}{star(o.new, shown)}",
+            f"{o.low:+.1f} to {o.high:+.1f}" if o.new else DASH,
+            str(len(o.new)),
+            o.says,
+        ]
+        for c, o in zip(claim.comparisons, outcomes, strict=True)
+    ]
+    columns = ["measure", "claimed", study.kind, "95% interval", "runs each", "verdict"]
+    frame = pd.DataFrame(cells, index=[c.title for c in claim.comparisons], columns=columns)
+    asked, found = ([run for o in outcomes for run in runs(o)] for runs in (lambda o: o.asked, lambda o: o.found))
     caption = f"{claim.name}, {study.title(dataset)}, IF 100: differences in points, bootstrap over the test images."
-    return Table(frame, caption + measured_on(study, shown), [*notes, _provenance(study, shown)])
+    return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown, beside=True)
 
 
 MARKS = {"supports": "✓", "contradicts": "✗", "leaves open": "?"}
@@ -291,24 +311,26 @@ LEGEND = ", ".join(f"{mark} {kind}" for kind, mark in MARKS.items())
 def summary(study: Study, dataset: str) -> Table:
     """How many comparisons of each claim support it, contradict it, leave it open, or have not been made, as
     :data:`MARKS`; and between which ends the effects on accuracy and ECE lie, in points."""
-    rows = {}
+    rows, shown = {}, []
     for claim in CLAIMS:
-        verdicts, effects = [], defaultdict(list)
-        for c in claim.comparisons:
-            new, old = paired(*study.side_by_side(dataset, _runs(study, dataset, c)))
-            if new:
-                middle, low, high = effect(new, old, c.measure)
-                verdicts.append(MARKS[verdict(c.expected, low, high)])
-                effects[c.measure].append(middle)
-        verdicts += [DASH] * (len(claim.comparisons) - len(verdicts))
-        rows[f"{claim.name}: {claim.text}"] = verdicts, [_span(effects[measure]) for measure in ("accuracy", "ece")]
-    norms = norm_balance(study, dataset, [100]).frame["IF 100"]
-    rows[f"C7: {NORMS_CLAIM}"] = [cell.rstrip("*")[-1] for cell in norms], [DASH, DASH]
-    marks = [*MARKS.values(), DASH]
-    cells = [[*(verdicts.count(mark) for mark in marks), *spans] for verdicts, spans in rows.values()]
-    frame = pd.DataFrame(cells, index=list(rows), columns=[*marks, "accuracy", "ECE"])
-    caption = f"Comparisons per claim, {study.title(dataset)}, IF 100 ({study.kind}): {LEGEND}, {DASH} not measured."
-    return Table(frame, f"{caption} Effects on accuracy and ECE in points, from the lowest to the highest.")
+        outcomes = [outcome(study, dataset, c) for c in claim.comparisons]
+        shown += [record for o in outcomes for record in o.new + o.old]
+        measured = [(c.measure, o.effect) for c, o in zip(claim.comparisons, outcomes, strict=True) if o.new]
+        spans = [_span([effect for measure, effect in measured if measure == key]) for key in ("accuracy", "ece")]
+        rows[f"{claim.name}: {claim.text}"] = [o.says for o in outcomes], spans
+    norms = [norms_outcome(study, dataset, pair, 100) for pair in NORMS.values()]
+    shown += [record for o in norms for record in o.new + o.old]
+    rows[f"C7: {NORMS_CLAIM}"] = [o.says for o in norms], [DASH, DASH]
+    cells = []
+    for says, spans in rows.values():
+        counts = [says.count(kind) for kind in MARKS]
+        cells.append([*counts, len(says) - sum(counts), *spans])
+    frame = pd.DataFrame(cells, index=list(rows), columns=[*MARKS.values(), DASH, "accuracy", "ECE"])
+    caption = (
+        f"Comparisons per claim, {study.title(dataset)}, IF 100: {LEGEND}, {DASH} not measured. Effects on accuracy "
+        "and ECE in points, from the lowest to the highest."
+    )
+    return table_of(study, frame, caption, [], shown, beside=True)
 
 
 def _span(effects: Sequence[float]) -> str:
@@ -325,27 +347,36 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
     rows, shown = {}, []
     for claim in CLAIMS:
         for c in claim.comparisons:
-            cells, used = [], []  # text and the runs it is of; all runs
-            for imbalance in imbalances:
-                new, old = paired(*study.side_by_side(dataset, _runs(study, dataset, c.at(imbalance))))
-                if new:
-                    measured, _, _, says = judge(new, old, c)
-                    cells.append((f"{measured} {MARKS[says]}", new))
-                else:
-                    cells.append((DASH, []))
-                used += new + old
-            if any(of for _, of in cells[1:]):
+            outcomes = [outcome(study, dataset, c.at(imbalance)) for imbalance in imbalances]
+            if any(o.new for o in outcomes[1:]):
+                cells = [(f"{o} {MARKS[o.says]}" if o.new else DASH, o.new) for o in outcomes]
                 rows[f"{claim.name}, {c.title}: {c.name}"] = cells
-                shown += used
-    rows = starred(rows, shown)
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
-    caption = f"Effects in points at each imbalance factor, {study.title(dataset)} ({study.kind}): {LEGEND}."
-    return Table(frame, caption + measured_on(study, shown), [_provenance(study, shown)])
+                shown += [record for o in outcomes for record in o.new + o.old]
+    columns = [f"IF {imbalance:g}" for imbalance in imbalances]
+    frame = pd.DataFrame.from_dict(starred(rows, shown), orient="index", columns=columns)
+    caption = f"Effects in points at each imbalance factor, {study.title(dataset)}: {LEGEND}."
+    return table_of(study, frame, caption, [], shown)
 
+
+NORMS_CLAIM = "With mixup in Stage-1, weights of rare classes grow beside those of frequent ones."
 
 #: Classifiers of Figure 2, and Stage-1's own: without and with mixup in Stage-1.
-NORMS_CLAIM = "With mixup in Stage-1, weights of rare classes grow beside those of frequent ones."
 NORMS = {"Stage-1's own": ("ce", "mixup"), "cRT": ("crt", "crt+mixup"), "LWS": ("lws", "lws+mixup")}
+
+
+def norms_outcome(
+    study: Study, dataset: str, pair: tuple[str, str], imbalance: float, changes: dict[str, Any] | None = None
+) -> Outcome:
+    """Whether :func:`rare_over_frequent`, mean over seeds, is larger for the second method than for the first: they are
+    ``low`` and ``high`` here. Weights are no matter of test images, so there is no interval."""
+    asked = [(method, imbalance, changes or {}) for method in pair]
+    found = study.side_by_side(dataset, asked)
+    old, new = paired(*found)
+    if not new:
+        return Outcome(asked, found, new, old)
+    before, after = (float(np.mean([rare_over_frequent(record) for record in side])) for side in (old, new))
+    says = "supports" if after > before else "contradicts"
+    return Outcome(asked, found, new, old, after - before, None, before, after, says)
 
 
 def norm_balance(
@@ -356,9 +387,7 @@ def norm_balance(
     title: str | None = None,
 ) -> Table:
     """Whether mixup in Stage-1 makes the classifier's weights longer for rare classes than for frequent ones: their
-    :func:`rare_over_frequent`, without and with it, mean over seeds, and whether it rises.
-
-    Weights are no matter of test images, so there is no interval.
+    :func:`rare_over_frequent`, without and with it, and whether it rises.
 
     Args:
         changes: what is changed in every run.
@@ -367,26 +396,19 @@ def norm_balance(
     columns: dict[str, list[tuple[str, list[Record]]]] = {}  # text, and the runs it is of
     shown, notes = [], []
     for imbalance in imbalances:
-        asked = [(method, imbalance, changes or {}) for pair in NORMS.values() for method in pair]
-        measured = study.side_by_side(dataset, asked)
-        notes += missing_notes(study, dataset, asked, measured)
-        cells = columns[f"IF {imbalance:g}"] = []
-        for without, mixed in zip(measured[::2], measured[1::2], strict=True):
-            new, old = paired(mixed, without)
-            if not new:
-                cells.append((DASH, []))
-                continue
-            before, after = (np.mean([rare_over_frequent(record) for record in side]) for side in (old, new))
-            mark = MARKS["supports" if after > before else "contradicts"]
-            cells.append((f"{before:.2f} → {after:.2f} {mark}", new))
-            shown += new + old
+        outcomes = [norms_outcome(study, dataset, pair, imbalance, changes) for pair in NORMS.values()]
+        asked, found = ([run for o in outcomes for run in runs(o)] for runs in (lambda o: o.asked, lambda o: o.found))
+        notes += missing_notes(study, dataset, asked, found)
+        columns[f"IF {imbalance:g}"] = [
+            (f"{o.low:.2f} → {o.high:.2f} {MARKS[o.says]}" if o.new else DASH, o.new) for o in outcomes
+        ]
+        shown += [record for o in outcomes for record in o.new + o.old]
     caption = (
         "Mean weight norm of the rarer half of the classes over that of the other half, without and with mixup in "
-        f"Stage-1, {title or study.title(dataset)} ({study.kind}): "
-        f"{MARKS['supports']} it rises, {MARKS['contradicts']} it falls."
+        f"Stage-1, {title or study.title(dataset)}: {MARKS['supports']} it rises, {MARKS['contradicts']} it falls."
     )
     frame = pd.DataFrame(starred(columns, shown), index=list(NORMS))
-    return Table(frame, caption + measured_on(study, shown), [*notes, _provenance(study, shown)])
+    return table_of(study, frame, caption, notes, shown, beside=True)
 
 
 def rare_over_frequent(record: Record) -> float:
@@ -411,7 +433,7 @@ def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | No
         imbalances: imbalance factors; None is what :func:`mislas.campaign.wanted` takes. The balanced model is always
             looked for.
     """
-    rates, rows, marks = images_per_second(store), [], {}
+    rates, rows, titles, marks = images_per_second(store), [], [], {}
     for dataset in datasets:
         everything = wanted(dataset, imbalances, [seed])
         for imbalance in dict.fromkeys(config.imbalance for config in everything):
@@ -424,10 +446,10 @@ def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | No
             mark = marks.setdefault(command, f"[{len(marks) + 1}]")
             passes = sum(job.passes for job in planned)
             cells = [f"{len(missing)} of {len(configs)}", f"{passes / 1e6:.1f}", estimate(planned, rates) or DASH]
-            rows.append([f"{dataset} {mark}", f"{imbalance:g}", *cells])
-    columns = ["dataset", "IF", "runs missing", "million image passes", "estimated"]
-    frame = pd.DataFrame(rows, columns=columns).set_index("dataset")
-    frame.index.name = None
+            rows.append([f"{imbalance:g}", *cells])
+            titles.append(f"{dataset} {mark}")
+    columns = ["IF", "runs missing", "million image passes", "estimated"]
+    frame = pd.DataFrame(rows, columns=columns, index=titles)
     caption = f"What is not measured yet, seed {seed}." if rows else "All that a campaign wants is measured."
     return Table(frame, caption, [f"{mark} {command}" for command, mark in marks.items()])
 

@@ -257,35 +257,31 @@ class Study:
         return {seed: record for seed, record in records.items() if record is not None}
 
     def runs(
-        self,
-        dataset: str,
-        method: str | Sequence[str],
-        imbalance: float | None = None,
-        changes: dict[str, Any] | None = None,
+        self, dataset: str, method: str, imbalance: float | None = None, changes: dict[str, Any] | None = None
     ) -> list[Record]:
-        """The records of one method, one per seed; trained now if the profile trains. Empty if never measured.
+        """The records of one method, one per seed; trained now if the profile trains. Empty if never measured."""
+        return self.each(dataset, [(method, imbalance, changes or {})])[0]
 
-        Several methods in one call train together where they can; their records come back in one list.
-        """
-        methods = [method] if isinstance(method, str) else list(method)
+    def each(self, dataset: str, asked: Sequence[Asked]) -> list[list[Record]]:
+        """What :meth:`runs` gives for each of several runs. What is trained is trained in one call: Stage-2s share a
+        pass through the backbone where they can."""
         if self.trains(dataset):
-            configs = [config for name in methods for config in self.configs(dataset, name, imbalance, changes)]
-            return run(configs, self.store, self.data_root, self.options)
-        found = []
-        for name in methods:
-            candidates = (self._stored(candidate, name, imbalance, changes) for candidate in self.datasets(dataset))
-            found += next((list(records.values()) for records in candidates if records), [])
-        return found
+            groups = [self.configs(dataset, *one) for one in asked]
+            configs = [config for group in groups for config in group]
+            records = iter(run(configs, self.store, self.data_root, self.options))
+            return [[next(records) for _ in group] for group in groups]
+        stored = [[list(self._stored(name, *one).values()) for name in self.datasets(dataset)] for one in asked]
+        return [next(filter(None, found), []) for found in stored]
 
     def side_by_side(self, dataset: str, asked: Sequence[Asked]) -> list[list[Record]]:
-        """What :meth:`runs` gives for each of several runs that are to be compared, as (method, imbalance, changes).
+        """What :meth:`each` gives, for runs that are to be compared.
 
         What is stored is taken from the one of :meth:`datasets` that has most of them, the exact one if they are equal:
         a method on a dataset and another on its stand-in differ in more than the method.
         """
         if self.trains(dataset):
-            return [self.runs(dataset, *run) for run in asked]
-        measured = [[list(self._stored(name, *run).values()) for run in asked] for name in self.datasets(dataset)]
+            return self.each(dataset, asked)
+        measured = [[list(self._stored(name, *one).values()) for one in asked] for name in self.datasets(dataset)]
         return max(measured, key=lambda found: sum(map(bool, found)))
 
     def sweep(
@@ -293,15 +289,11 @@ class Study:
     ) -> list[list[Record]]:
         """The records of one method under several changes: for each change a list, one per seed, empty if not measured.
 
-        What is trained is trained in one call, so that variants of Stage-2 share a pass. What is stored is taken where
-        variants can be compared: from the one dataset, and the seeds on it, that have most of the changes.
+        What is trained is trained as :meth:`each` does. What is stored is taken where variants can be compared: from
+        the one dataset, and the seeds on it, that have most of the changes.
         """
         if self.trains(dataset):
-            configs = [self.configs(dataset, method, imbalance, change) for change in changes]
-            records = iter(
-                run([config for group in configs for config in group], self.store, self.data_root, self.options)
-            )
-            return [[next(records) for _ in group] for group in configs]
+            return self.each(dataset, [(method, imbalance, change) for change in changes])
         measured: dict[tuple[int, int], dict[int, Record]] = {}
         for place, name in enumerate(self.datasets(dataset)):
             for i, change in enumerate(changes):
@@ -343,7 +335,8 @@ class Study:
         return " ".join([*parts, "--data-root DIR"])
 
     def provenance(self, records: Sequence[Record]) -> str:
-        """Where some numbers come from, in one line."""
+        """Where some numbers come from, in one line; a record that is named twice counts once."""
+        records = list({record.config.id: record for record in records}.values())
         if self.kind == "tiny":
             names = ", ".join(sorted({TINY[record.config.dataset] for record in records}))
             return f"Tiny smoke runs{' on ' * bool(names)}{names}, trained just now: not a reproduction of the paper."
@@ -363,9 +356,12 @@ def provenance_line(records: Sequence[Record]) -> str:
         return ", ".join(sorted({str(item) for item in items}))
 
     dates = sorted(source["date"][:10] for source in sources)
+    seeds = sorted({record.config.seed for record in records})
     return (
-        f"{len(records)} runs; data {values(s['data'] + ' (' + s['data_checksum'] + ')' for s in sources)}; "
-        f"seeds {values(r.config.seed for r in records)}; commit {values(s['commit'][:10] for s in sources)}; "
+        f"{len(records)} run{'s' * (len(records) > 1)}; "
+        f"data {values(s['data'] + ' (' + s['data_checksum'] + ')' for s in sources)}; "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
+        f"commit {values(s['commit'][:10] for s in sources)}; "
         f"{values(s['device'] for s in sources)}; torch {values(s['torch'] for s in sources)}; "
         f"{dates[0] if dates[0] == dates[-1] else dates[0] + ' to ' + dates[-1]}; last epoch."
     )

@@ -75,7 +75,7 @@ def _inline(text: str) -> str:
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
 
 
-def _table(
+def table_of(
     study: Study, frame: pd.DataFrame, caption: str, notes: list[str], shown: Sequence[Record], beside: bool = False
 ) -> Table:
     """A table with its data and provenance; where nothing is measured and the paper has nothing, only what would be in
@@ -85,11 +85,15 @@ def _table(
 
 
 def measured_on(study: Study, shown: Sequence[Record]) -> str:
-    """The end of a caption: the images that some runs saw, and what :func:`star` means. Empty with the tiny profile."""
-    if study.kind == "tiny" or not shown:
+    """The end of a caption: whose numbers these are, the images that the runs saw, and what :func:`star` means."""
+    if not shown:
         return ""
+    if study.kind == "tiny":
+        return " Tiny smoke runs: they show that the code runs, not what the paper found."
     exact, *copies = _used(shown)
-    return f" Measured on {exact}" + (f"; where marked *, on {', '.join(copies)}" if copies else "") + "."
+    if not copies:
+        return f" Measured on {exact}."
+    return f" Measured on {exact}; where marked *, on {', '.join(copies)}: compare these with each other only."
 
 
 def star(records: Sequence[Record], shown: Sequence[Record]) -> str:
@@ -126,25 +130,20 @@ def compare(
     Args:
         study: whose runs to show.
         dataset: one of the paper's, e.g. ``"cifar10"``.
-        methods: rows, in order; a row that the library does not have yet shows the paper's number alone.
+        methods: rows, in order.
         imbalances: imbalance factors, in order.
         published: the paper's accuracy in percent for (method, imbalance), or None.
         titles: row names; default the registry's.
         title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
     """
-    tiny = study.kind == "tiny"
-    beside = not tiny and any(
+    beside = study.kind != "tiny" and any(
         published(method, imbalance) is not None for method in methods for imbalance in imbalances
     )
-    known = [method for method in methods if method in METHODS]
-    rows = known if tiny else list(methods)
     found: dict[tuple[float, str], list[Record]] = {}
     for imbalance in imbalances:
-        if study.profile != "stored":
-            study.runs(dataset, known, imbalance)  # train what shares a pass together
-        asked = [(method, imbalance, {}) for method in known]
-        measured = [study.runs(dataset, *run) for run in asked] if beside else study.side_by_side(dataset, asked)
-        found |= {(imbalance, method): records for method, records in zip(known, measured, strict=True)}
+        asked = [(method, imbalance, {}) for method in methods]
+        measured = study.each(dataset, asked) if beside else study.side_by_side(dataset, asked)
+        found |= {(imbalance, method): records for method, records in zip(methods, measured, strict=True)}
     shown = [record for records in found.values() for record in records]
     notes, columns = [], {}
     marks = iter(string.ascii_lowercase)
@@ -154,8 +153,8 @@ def compare(
         copied: list[str] = []
         mark = None
         accuracy, ece = [], []
-        for method in rows:
-            records = found.get((imbalance, method), [])
+        for method in methods:
+            records = found[imbalance, method]
             if records:
                 many = f" (n={len(records)})" if len(records) > 1 else ""
                 marked = star(records, shown)
@@ -163,16 +162,13 @@ def compare(
                     copied.append(method)
                 accuracy.append(percent([r.metrics["accuracy"] for r in records]) + many + marked)
                 ece.append(percent([r.metrics["ece"] for r in records]))
-            elif method in METHODS:
+            else:
                 mark = mark or next(marks)
                 missing.append(method)
                 accuracy.append(f"not measured [{mark}]")
                 ece.append(DASH)
-            else:
-                accuracy.append("no code yet")
-                ece.append(DASH)
         if beside:
-            numbers = [published(method, imbalance) for method in rows]
+            numbers = [published(method, imbalance) for method in methods]
             columns[head, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
         columns[head, study.kind] = accuracy
         columns[head, "ECE"] = ece
@@ -181,17 +177,10 @@ def compare(
         if copied:
             notes.append(f"[*] `{study.command(dataset, copied, imbalance)}`")
     names = {name: method.title for name, method in METHODS.items()} | (titles or {})
-    frame = pd.DataFrame(columns, index=[names[method] for method in rows])
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
-    if tiny:
-        caption = (
-            "Top-1 accuracy and ECE (%) of tiny smoke runs on scikit-learn's digits: "
-            "they show that the code runs, not what the paper found."
-        )
-    else:
-        said = "paper and measured" if beside else "measured"
-        caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said}, with the measured ECE (%)."
-    return _table(study, frame, caption, notes, shown, beside)
+    frame = pd.DataFrame(columns, index=[names[method] for method in methods])
+    said = "paper and measured" if beside else study.kind
+    caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said}, with the {study.kind} ECE (%)."
+    return table_of(study, frame, caption, notes, shown, beside)
 
 
 #: Table 3's two Stage-1s and what builds on them, with cRT and LWS without mixup added; and all its rows, in order.
@@ -250,12 +239,11 @@ def table2_gains(
         columns[f"IF {imbalance:g}", study.kind] = [difference(new, old) if new else DASH for new, old in steps]
         columns[f"IF {imbalance:g}", "ECE"] = [_ece_change(new, old) if new else DASH for new, old in steps]
     frame = pd.DataFrame(columns, index=["+ MU", "+ SL", "+ LAS, and ΔW"])
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     caption = (
         f"What each module adds to top-1 accuracy and to ECE, in points, {title or study.title(dataset)}. "
         "± is the standard error over the test images, not over seeds."
     )
-    return _table(study, frame, caption, [], shown, beside)
+    return table_of(study, frame, caption, [], shown, beside)
 
 
 def paired(new: Sequence[Record], old: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -324,7 +312,7 @@ def variants(
     )
     asked = [(method, imbalance, change) for change in changes.values()]
     notes = missing_notes(study, dataset, asked, found)
-    return _table(study, frame, caption, notes, [record for records in found for record in records], beside)
+    return table_of(study, frame, caption, notes, [record for records in found for record in records], beside)
 
 
 def missing_notes(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
@@ -371,10 +359,10 @@ def learned_on(
         ]
     frame = pd.DataFrame(cells, index=list(rows))
     caption = (
-        f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: "
+        f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}: "
         "by what Stage-2 learns, and by batch norm's statistics."
     )
-    return _table(study, frame, caption, missing_notes(study, dataset, runs, measured), shown)
+    return table_of(study, frame, caption, missing_notes(study, dataset, runs, measured), shown)
 
 
 def true_probabilities(
@@ -395,12 +383,11 @@ def true_probabilities(
         columns[head, "mean"] = [DASH if p is None else f"{p.mean():.3f}" for p in parts.values()]
         columns[head, "> 0.9"] = [DASH if p is None else f"{100 * (p > 0.9).mean():.1f}" for p in parts.values()]
     frame = pd.DataFrame(columns, index=list(groups([])))
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     caption = (
-        f"Probability of the true class, {title or study.title(dataset)}, IF {imbalance:g}, first seed, {study.kind}: "
+        f"Probability of the true class, {title or study.title(dataset)}, IF {imbalance:g}, first seed: "
         "mean over test images, and share above 0.9 (%). A dash: not measured, or a group without classes."
     )
-    return _table(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
+    return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
 
 
 def by_group(record: Record) -> dict[str, np.ndarray | None]:
@@ -455,9 +442,9 @@ def shifts(study: Study, dataset: str, pairs: Pairs, imbalance: float = 100, tit
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Δμ", "Δσ²", "Δμ / σ", "Δσ² / σ²"])
     caption = (
         f"Absolute change of batch norm's running statistics, mean over channels, {title or study.title(dataset)}, "
-        f"IF {imbalance:g}, first seed; {study.kind}. The last two columns are relative to the old statistics."
+        f"IF {imbalance:g}, first seed. The last two columns are relative to the old statistics."
     )
-    return _table(study, frame, caption, notes, shown)
+    return table_of(study, frame, caption, notes, shown)
 
 
 def shift_remarks(study: Study, dataset: str, pairs: Pairs, imbalance: float = 100, title: str | None = None) -> Table:
@@ -487,9 +474,8 @@ def shift_remarks(study: Study, dataset: str, pairs: Pairs, imbalance: float = 1
         "(ii) σ² changes less in the last BN",
     ]
     frame = pd.DataFrame(columns, index=index)
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
-    caption = f"Do the paper's two remarks hold? {title or study.title(dataset)}, IF {imbalance:g}; {study.kind}."
-    return _table(study, frame, caption, [], shown)
+    caption = f"Do the paper's two remarks hold? {title or study.title(dataset)}, IF {imbalance:g}."
+    return table_of(study, frame, caption, [], shown)
 
 
 def _shifts(
@@ -509,8 +495,8 @@ def _shifts(
 def table5(study: Study) -> Table:
     """Table 5, the settings: the paper's beside what the code trains MiSLAS with, the study's overrides included.
 
-    Where a cell of the code differs it says so, and a dataset that the library does not know has "no code yet".
-    The tiny profile shows what it trains with, the settings of the digits, and no row of the paper.
+    Where a cell of the code differs it says so. The tiny profile shows what it trains with, the settings of the digits,
+    and no row of the paper.
     """
     columns = paper.TABLE5_COLUMNS
     rows: dict[str, list[str]] = {}
@@ -520,14 +506,10 @@ def table5(study: Study) -> Table:
         caption = "Settings of the tiny profile, as the code has them; they are not from the paper."
         notes = []
     else:
-        agree = differ = absent = 0
+        agree = differ = 0
         for dataset, said in paper.TABLE5.items():
             name = paper.TABLE5_TITLES[dataset]
             rows[f"{name}: paper"] = [_setting(value) for value in said]
-            if dataset not in SETTINGS:
-                rows[f"{name}: code"] = ["no code yet"] * len(columns)
-                absent += len(columns)
-                continue
             ours = _settings(configure(dataset, "mislas", overrides=study.overrides))
             same = [mine == theirs for mine, theirs in zip(ours, said, strict=True)]
             agree, differ = agree + sum(same), differ + same.count(False)
@@ -535,7 +517,7 @@ def table5(study: Study) -> Table:
                 _setting(value) + ("" if equal else ", differs") for value, equal in zip(ours, same, strict=True)
             ]
         caption = "Table 5: the paper's settings, and the defaults of the code for MiSLAS."
-        notes = [f"Cells that agree: {agree}; that differ: {differ}; without code: {absent}."]
+        notes = [f"Cells that agree: {agree}; that differ: {differ}."]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=pd.MultiIndex.from_tuples(columns))
     return Table(frame, caption, notes)
 
@@ -558,16 +540,16 @@ def _setting(value: Any) -> str:
 
 MEASURES = {
     "accuracy": ("accuracy", 100, 1),
+    "confidence": ("confidence", 100, 1),
+    "ece": ("ECE", 100, 1),
+    "nll": ("NLL", 1, 3),
+    "brier": ("Brier", 1, 3),
+    "mce": ("MCE", 100, 1),
+    "adaptive_ece": ("adaptive ECE", 100, 1),
+    "classwise_ece": ("classwise ECE", 100, 2),
     "accuracy_many": ("many", 100, 1),
     "accuracy_medium": ("medium", 100, 1),
     "accuracy_few": ("few", 100, 1),
-    "confidence": ("confidence", 100, 1),
-    "ece": ("ECE", 100, 1),
-    "adaptive_ece": ("adaptive ECE", 100, 1),
-    "classwise_ece": ("classwise ECE", 100, 2),
-    "mce": ("MCE", 100, 1),
-    "nll": ("NLL", 1, 3),
-    "brier": ("Brier", 1, 3),
 }
 #: Accuracy and ECE by group of classes.
 BY_GROUP = {
@@ -609,10 +591,9 @@ def measures(
             cells.append(DASH if absent else f"{scale * statistics.mean(values):.{digits}f}")
         rows[METHODS[method].title] = cells
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, _, _ in columns.values()])
-    what = f"tiny smoke runs on {study.title(dataset)}" if study.kind == "tiny" else title or study.title(dataset)
     factor = "" if imbalance is None else f", IF {imbalance:g}"
-    caption = f"Accuracy and calibration, {what}{factor}."
-    return _table(study, frame, caption, missing_notes(study, dataset, asked, measured), shown)
+    caption = f"Accuracy and calibration, {title or study.title(dataset)}{factor}."
+    return table_of(study, frame, caption, missing_notes(study, dataset, asked, measured), shown)
 
 
 def selection(
@@ -642,10 +623,8 @@ def selection(
         ]
     columns = ["last epoch", "best on the test set", "gain", "epochs looked at"]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-    caption = (
-        f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}, {study.kind}: what selection adds."
-    )
-    return _table(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
+    caption = f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}: what selection adds."
+    return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
 
 
 # ----------------------------------------------------------------------- the large benchmarks: Tables 1, 4, 6, 7, 8
@@ -688,8 +667,8 @@ def by_groups(
 ) -> Table:
     """Tables 4, 6, 7 and 8: top-1 accuracy by group of classes and over all, the paper's beside ours, and our ECE.
 
-    With the tiny profile and on neighbours there is no number of the paper. A method that the library does not have yet
-    says so; one that has not been measured names the command.
+    With the tiny profile and on neighbours there is no number of the paper. A method that has not been measured names
+    the command.
 
     Args:
         dataset: a dataset of the paper, or a neighbour.
@@ -699,28 +678,19 @@ def by_groups(
         title: what the caption calls the data; default :meth:`mislas.study.Study.title`.
     """
     beside = study.kind != "tiny" and dataset in paper.DATASETS and all(published.values())
-    known = [method for method in published if method in METHODS]
-    if study.trains(dataset):
-        study.runs(dataset, known, None, changes)  # what shares a pass trains together
-    found = {method: study.runs(dataset, method, None, changes) if method in METHODS else [] for method in published}
-    if study.kind == "tiny":
-        found = {method: records for method, records in found.items() if records}
-    missing = [method for method, records in found.items() if not records and method in METHODS]
+    measured = study.each(dataset, [(method, None, changes or {}) for method in published])
+    found = dict(zip(published, measured, strict=True))
+    missing = [method for method, records in found.items() if not records]
     cells: dict[tuple[str, str], list[str]] = {}
     for place, column in enumerate(columns):
         if beside:
             cells[column, "paper"] = [f"{published[method][place]:.1f}" for method in found]
-        cells[column, study.kind] = [_metric(r, GROUP_METRICS[column], _absent(m)) for m, r in found.items()]
+        cells[column, study.kind] = [_metric(r, GROUP_METRICS[column], "not measured [a]") for r in found.values()]
     cells["ECE", study.kind] = [_metric(records, "ece", DASH) for records in found.values()]
     frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE[method] for method in found])
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     shown = [record for records in found.values() for record in records]
     notes = [f"[a] `{how_to(study, dataset, missing, None, changes)}`"] if missing else []
-    return _table(study, frame, _accuracy_caption(study, dataset, title), notes, shown, beside)
-
-
-def _absent(method: str) -> str:
-    return "not measured [a]" if method in METHODS else "no code yet"
+    return table_of(study, frame, f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}.", notes, shown, beside)
 
 
 def _metric(records: Sequence[Record], name: str, absent: str) -> str:
@@ -729,15 +699,6 @@ def _metric(records: Sequence[Record], name: str, absent: str) -> str:
     if not values:
         return absent
     return DASH if None in values else percent(values)
-
-
-def _accuracy_caption(study: Study, dataset: str, title: str | None) -> str:
-    if study.kind == "tiny":
-        return (
-            f"Top-1 accuracy and ECE (%) of tiny smoke runs on {study.title(dataset)}: they show that the code runs, "
-            "not what the paper found."
-        )
-    return f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}."
 
 
 #: Rows of Table 1 as the paper prints them.
@@ -775,28 +736,21 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
     beside = _beside_table1(study, dataset, changes)
     heads = {"crt": "cRT", "lws": "LWS"}
     cells: dict[tuple[str, str], list[str]] = {}
-    shown, asked, measured = {}, [], []
-    for place, (head, name) in enumerate(heads.items()):
-        found = []
-        for setup in TABLE1_TITLES:
-            method, more = table1_runs(study, dataset, head, *setup)
-            if study.trains(dataset) and setup[1] is not None:
-                together = [table1_runs(study, dataset, other, *setup)[0] for other in heads]
-                study.runs(dataset, together, None, changes | more)
-            found.append(study.runs(dataset, method, None, changes | more))
-            shown |= {record.config.id: record for record in found[-1]}
-            asked.append((method, None, changes | more))
-        measured += found
+    runs = [table1_runs(study, dataset, head, *setup) for head in heads for setup in TABLE1_TITLES]
+    asked = [(method, None, changes | more) for method, more in runs]
+    measured = study.each(dataset, asked)
+    for place, name in enumerate(heads.values()):
+        found = measured[place * len(TABLE1_TITLES) :][: len(TABLE1_TITLES)]
         if beside:
             numbers = [paper.TABLE1[setup][changes["backbone"]][place] for setup in TABLE1_TITLES]
             cells[name, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
         cells[name, study.kind] = [_metric(records, "accuracy", "not measured") for records in found]
         cells[name, "ECE"] = [_metric(records, "ece", DASH) for records in found]
     frame = pd.DataFrame(cells, index=list(TABLE1_TITLES.values()))
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     missing = missing_by_command(asked, measured)
     notes = [f"Not measured yet: `{how_to(study, dataset, *command)}`" for command in missing]
-    return _table(study, frame, _accuracy_caption(study, dataset, title), notes, list(shown.values()), beside)
+    caption = f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}."
+    return table_of(study, frame, caption, notes, [record for found in measured for record in found], beside)
 
 
 #: What Table 1 says about mixup, as differences of its rows: new minus old.
@@ -815,7 +769,7 @@ def table1_gains(study: Study, dataset: str, changes: dict[str, Any], title: str
     """
     beside = _beside_table1(study, dataset, changes)
     cells: dict[tuple[str, str], list[str]] = {}
-    shown: dict[str, Record] = {}
+    shown: list[Record] = []
     for place, (head, name) in enumerate({"crt": "cRT", "lws": "LWS"}.items()):
         published, ours = [], []
         for pair in TABLE1_GAINS.values():
@@ -824,18 +778,17 @@ def table1_gains(study: Study, dataset: str, changes: dict[str, Any], title: str
                 published.append(DASH if new is None or old is None else f"{new - old:+z.1f}")
             runs = [table1_runs(study, dataset, head, *setup) for setup in pair]
             new, old = paired(*(study.runs(dataset, method, None, changes | more) for method, more in runs))
-            shown |= {record.config.id: record for record in new + old}
+            shown += new + old
             ours.append(difference(new, old) if new else DASH)
         if beside:
             cells[name, "paper"] = published
         cells[name, study.kind] = ours
     frame = pd.DataFrame(cells, index=list(TABLE1_GAINS))
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     caption = (
         f"What mixup adds to top-1 accuracy, in points, {title or study.title(dataset)}. ± is the standard error over "
         "the test images, not over seeds."
     )
-    return _table(study, frame, caption, [], list(shown.values()), beside)
+    return table_of(study, frame, caption, [], shown, beside)
 
 
 def adds_up(study: Study, dataset: str, rows: dict[str, Sequence[float]], title: str) -> Table:
@@ -877,8 +830,9 @@ def weight_norms(
     LWS's norms include its scales. The last column is few over many: how far rare classes are from being favoured.
     """
     rows, shown, missing = {}, [], []
-    for method in methods:
-        records = study.runs(dataset, method, None, changes)[:1]
+    measured = study.each(dataset, [(method, None, changes) for method in methods])
+    for method, all_seeds in zip(methods, measured, strict=True):
+        records = all_seeds[:1]
         shown += records
         missing += [] if records else [method]
         means = dict.fromkeys(groups([]))
@@ -892,11 +846,10 @@ def weight_norms(
         rows[METHODS[method].title] = [DASH if m is None else f"{m:.2f}" for m in (*means.values(), ratio)]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*groups([]), "few / many"])
     caption = (
-        f"Mean L2 norm of the classifier's weights by group of classes, {title or study.title(dataset)}, first seed; "
-        f"{study.kind}."
+        f"Mean L2 norm of the classifier's weights by group of classes, {title or study.title(dataset)}, first seed."
     )
     notes = [f"Not measured yet: `{how_to(study, dataset, missing, None, changes)}`"] if missing else []
-    return _table(study, frame, caption, notes, shown)
+    return table_of(study, frame, caption, notes, shown)
 
 
 def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
@@ -905,7 +858,7 @@ def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMB
     for method in paper.TABLE3[dataset]:
         cells = []
         for imbalance in imbalances:
-            records = study.runs(dataset, method, imbalance) if method in METHODS else []
+            records = study.runs(dataset, method, imbalance)
             published = _published_table3(dataset, method, imbalance)
             if records and published is not None:
                 shown += records
@@ -920,7 +873,7 @@ def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMB
     caption = (
         f"Top-1 accuracy, {paper.DATASETS[dataset]}: measured minus paper, in points; a dash where one is missing."
     )
-    return _table(study, frame, caption, [], shown, beside=True)
+    return table_of(study, frame, caption, [], shown, beside=True)
 
 
 def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float = 100) -> Table:
@@ -946,7 +899,6 @@ def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float 
         pairs = zip(means[name, head], means[exact, head], strict=True)
         cells["difference", head] = [f"{copy - original:+z.1f}" for copy, original in pairs]
     frame = pd.DataFrame(cells, index=[METHODS[method].title for method in known])
-    frame.columns = pd.MultiIndex.from_tuples(frame.columns)
     shown = [record for runs in found.values() for method in known for record in runs[method]]
     caption = (
         f"Top-1 accuracy and ECE (%), IF {imbalance:g}, {study.kind}: {' and '.join(found)}; differences in points."

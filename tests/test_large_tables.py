@@ -13,7 +13,7 @@ import pytest
 from mislas import paper
 from mislas.campaign import Job, _kind, estimate, wanted
 from mislas.cli import _parser, parse_overrides
-from mislas.methods import METHODS, configure
+from mislas.methods import configure
 from mislas.plots import missing_commands, reliability_figure, smooth, weight_norm_figure
 from mislas.study import SHORT, Study
 from mislas.tables import (
@@ -130,14 +130,7 @@ def test_a_table_by_groups_sets_the_paper_beside_what_is_measured(made_up, store
     assert table.frame.loc["MiSLAS", ("all", "measured")] == "not measured [a]"
     assert "Measured on places-lt" in table.caption
     (command,) = commands(table.notes[0])
-    assert command.method == [m for m in paper.TABLE8 if m in METHODS and m != "focal"]
-
-
-def test_a_method_without_code_says_so(monkeypatch, stored):
-    monkeypatch.delitem(METHODS, "focal")
-    table = by_groups(stored, "places-lt", {"focal": paper.TABLE8["focal"], "mislas": paper.TABLE8["mislas"]})
-    assert table.frame["all", "measured"].tolist() == ["no code yet", "not measured [a]"]
-    assert "focal" not in table.notes[0]
+    assert command.method == [method for method in paper.TABLE8 if method != "focal"]
 
 
 def test_a_neighbour_has_no_number_of_the_paper(made_up, stored):

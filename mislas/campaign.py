@@ -25,7 +25,7 @@ from .data import LISTS, dataset_name, spec_of, training_images, write_atomicall
 from .errors import MislasError, RecordError
 from .methods import SETTINGS, configure
 from .runs import Record, Store, plan, read_record, run
-from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows, balanced
+from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows, authors_variants, balanced
 from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
@@ -44,14 +44,6 @@ HELD_OUT = ("temperature", "temperature+mixup")
 
 #: Table 1's last rows: mixup in Stage-2, too.
 STAGE2_MIXUP = {"stage2.mixup": 1.0}
-
-#: Variants of MiSLAS that cost a few minutes each once Stage-1 is there: what the authors' code does in another way.
-AUTHORS = [
-    {"smoothing_over": "all"},
-    {"a": 0, "delta": "stage1"},
-    {"stage2.sampler": "class_cyclic"},
-    {"shift_bn": False},
-]
 
 
 def wanted(
@@ -83,7 +75,8 @@ def wanted(
         first = imbalances[0]
         configs += [configure(dataset, method, imbalance, seed) for imbalance in imbalances for method in TABLE_3]
         for imbalance in imbalances:
-            configs += [configure(dataset, "mislas", imbalance, seed, changes) for changes in GRID + FORMS + AUTHORS]
+            variants = [*GRID, *FORMS, *authors_variants(dataset, imbalance).values()]
+            configs += [configure(dataset, "mislas", imbalance, seed, changes) for changes in variants]
             for rows in LEARNED.values():
                 configs += [configure(dataset, method, imbalance, seed, changes) for method, changes in _runs(rows)]
             configs += [configure(dataset, m, imbalance, seed, STAGE2_MIXUP) for m in ("crt+mixup", "lws+mixup")]

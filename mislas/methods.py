@@ -17,7 +17,12 @@ from .losses import LOSSES, Loss
 
 @dataclass(frozen=True)
 class Settings:
-    """The paper's Table 5 for one dataset, with what the paper leaves to the works it follows."""
+    """The paper's Table 5 for one dataset, with what the paper leaves to the works it follows.
+
+    Attributes:
+        authors: what the authors' own configurations of MiSLAS's Stage-2 have in place of ``stage2``, ``delta_lr``,
+            ``eps_1``, ``eps_k`` and shifted batch norm, by imbalance factor (None: the only one).
+    """
 
     stage1: dict[str, Any]
     stage2: dict[str, Any]
@@ -27,12 +32,27 @@ class Settings:
     mixup: float = 1.0
     backbone: str = "resnet32"
     precision: str = "bf16"
+    authors: dict[float | None, dict[str, Any]] = field(default_factory=dict)
 
 
 _CIFAR1 = dict(epochs=200, batch_size=128, lr=0.1, weight_decay=2e-4, schedule="multistep", warmup=5)
 _CIFAR2 = dict(epochs=10, batch_size=128, lr=0.1, weight_decay=2e-4)
-_CIFAR10 = Settings(_CIFAR1, _CIFAR2, delta_lr=0.5, eps_1=0.3, eps_k=0.0)
-_CIFAR100 = Settings(_CIFAR1, _CIFAR2, delta_lr=0.2, eps_1=0.4, eps_k=0.1)
+_CIFAR10 = Settings(
+    _CIFAR1, _CIFAR2, delta_lr=0.5, eps_1=0.3, eps_k=0.0,
+    authors={
+        100: dict(shift_bn=False),
+        50: dict(shift_bn=False, eps_1=0.2, delta_lr=0.2),
+        10: dict(shift_bn=False, eps_1=0.1, delta_lr=0.2),
+    },
+)  # fmt: skip
+_CIFAR100 = Settings(
+    _CIFAR1, _CIFAR2, delta_lr=0.2, eps_1=0.4, eps_k=0.1,
+    authors={
+        100: {},
+        50: dict(eps_1=0.3, eps_k=0.0, delta_lr=0.1),
+        10: dict(eps_1=0.2, eps_k=0.0, delta_lr=0.1),
+    },
+)  # fmt: skip
 
 _LARGE1 = dict(batch_size=256, lr=0.1, schedule="cosine")
 _LARGE2 = dict(batch_size=256, lr=0.1)
@@ -48,14 +68,17 @@ SETTINGS: dict[str, Settings] = {
     "imagenet-lt": Settings(
         _LARGE1 | dict(weight_decay=5e-4, epochs=180), _LARGE2 | dict(weight_decay=5e-4, epochs=10),
         delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet50",
+        authors={None: dict(eps_1=0.3, eps_k=0.0)},
     ),
     "places-lt": Settings(
         _LARGE1 | dict(weight_decay=5e-4, epochs=90, weights="394f9c45"), _LARGE2 | dict(weight_decay=5e-4, epochs=10),
         delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet152",
+        authors={None: {}},
     ),
     "inaturalist18": Settings(
         _LARGE1 | dict(weight_decay=1e-4, epochs=200), _LARGE2 | dict(weight_decay=1e-4, epochs=30),
         delta_lr=0.05, eps_1=0.4, eps_k=0.1, mixup=0.2, backbone="resnet50",
+        authors={None: dict(epochs=10, eps_1=0.3, eps_k=0.0)},
     ),
     "generated": Settings(  # JPEG files and list files, small enough for tests; not from the paper
         _LARGE1 | dict(weight_decay=5e-4, epochs=5, batch_size=32, lr=0.05),

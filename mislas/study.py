@@ -20,7 +20,7 @@ from . import paper
 from .config import RunConfig
 from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
-from .methods import configure
+from .methods import SETTINGS, configure
 from .runs import Record, Store, run
 from .train import Options
 
@@ -104,6 +104,31 @@ def balanced(dataset: str, imbalance: float) -> dict[str, dict[str, Any]]:
     """
     same_size = training_images(dataset, imbalance) // spec_of(dataset).num_classes
     return {ALL_IMAGES: {"imbalance": 1}, AS_MANY: {"imbalance": 1, "n_max": same_size}}
+
+
+#: What the authors' code does in another way than the paper's equations for MiSLAS's Stage-2, by title.
+AUTHORS_CODE = {
+    "smoothing over all K classes": {"smoothing_over": "all"},
+    "W and ΔW merged": {"a": 0, "delta": "stage1"},
+    "sampler cycles through classes": {"stage2.sampler": "class_cyclic"},
+    "batch norm not shifted": {"shift_bn": False},
+}
+THEIR_FACTORS, ALL_OF_THEIRS = "their smoothing factors and ΔW's rate", "all that their configuration has"
+
+
+def authors_variants(dataset: str, imbalance: float | None) -> dict[str, dict[str, Any]]:
+    """What to change of MiSLAS to make it more like the authors' code, by title: nothing; one thing at a time
+    (:data:`AUTHORS_CODE`); where they published a configuration for the dataset and the imbalance factor, what that
+    sets in another way than Table 5; and all of it together."""
+    rows = {"the paper's equations": {}, **AUTHORS_CODE}
+    theirs = SETTINGS[dataset_name(dataset)].authors.get(imbalance)
+    if theirs is None:
+        return rows
+    factors = {f"stage2.{key}": value for key, value in theirs.items() if key != "shift_bn"}
+    *code, shift = AUTHORS_CODE.values()
+    every = {key: value for changes in code for key, value in changes.items()}
+    every |= factors | (shift if "shift_bn" in theirs else {})
+    return rows | ({THEIR_FACTORS: factors} if factors else {}) | {ALL_OF_THEIRS: every}
 
 
 #: A run of a table or a figure: method, imbalance factor, changes.

@@ -18,7 +18,7 @@ from mislas.errors import DataError, MislasError
 from mislas.methods import METHODS, configure
 from mislas.plots import missing_commands, reliability_figure
 from mislas.runs import Store, run
-from mislas.study import FORMS, GRID, Study, missing_by_command
+from mislas.study import ALL_OF_THEIRS, FORMS, GRID, THEIR_FACTORS, Study, authors_variants, missing_by_command
 from mislas.tables import compare, distance, measures, percent, table3
 from mislas.train import Options
 

@@ -296,3 +296,16 @@ def test_the_committed_records_are_whole_and_on_the_full_schedule():
         assert record.path.with_suffix(".npz").stat().st_size < 100_000
         json.loads(record.path.read_text())
     assert paper.IMBALANCES == (100, 50, 10)
+
+
+def test_all_of_the_authors_variants_is_their_configuration():
+    """Their files for CIFAR-10 at 1:50 say: factors 0.2 and 0.0, classifier at 0.2 of the rate, no shift."""
+    changes = authors_variants("cifar10-jpeg", 50)
+    stage = configure("cifar10-jpeg", "mislas", 50, overrides=changes[ALL_OF_THEIRS]).stage2
+    assert (stage.eps_1, stage.eps_k, stage.delta_lr, stage.shift_bn) == (0.2, 0.0, 0.2, False)
+    assert (stage.smoothing_over, stage.a, stage.delta, stage.sampler) == ("all", 0, "stage1", "class_cyclic")
+    assert configure("cifar10", "mislas", 50, overrides=changes["the paper's equations"]).stage2.eps_1 == 0.3
+    stage = configure("cifar100", "mislas", 10, overrides=authors_variants("cifar100", 10)[ALL_OF_THEIRS]).stage2
+    assert (stage.eps_1, stage.eps_k, stage.delta_lr, stage.shift_bn) == (0.2, 0.0, 0.1, True)
+    assert ALL_OF_THEIRS not in authors_variants("cifar10", 20)  # they published none
+    assert THEIR_FACTORS not in authors_variants("cifar10", 100)  # those of Table 5

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .config import RunConfig
 from .data import Dataset
+from .errors import MislasError
 from .evaluate import predict
 from .lists import ListDataset
 from .losses import check_counts, class_balanced_mean
@@ -52,7 +53,13 @@ def logit_adjusted(classifier: nn.Linear, class_counts: Sequence[int], tau: floa
 
 
 def temperature_scaled(classifier: nn.Linear, temperature: float) -> nn.Linear:
-    """``z / T`` (Guo et al., 2017, equation 9): the prediction stays, its confidence changes. T 1 changes nothing."""
+    """``z / T`` (Guo et al., 2017, equation 9): the prediction stays, its confidence changes. T 1 changes nothing.
+
+    Raises:
+        MislasError: a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise MislasError(f"a temperature must be > 0, got {temperature}")
     return _linear(classifier.weight / temperature, classifier.bias / temperature)
 
 

@@ -239,8 +239,10 @@ def long_tailed_counts(n_max: int, imbalance: float, num_classes: int) -> tuple[
         num_classes: K, at least 2.
 
     Raises:
-        MislasError: if IF < 1, or if the smallest class would be left with no image.
+        MislasError: if IF < 1 or K < 2, or if the smallest class would be left with no image.
     """
+    if num_classes < 2:
+        raise MislasError(f"a long tail needs at least 2 classes, got {num_classes}")
     if not (np.isfinite(imbalance) and imbalance >= 1):
         raise MislasError(f"imbalance factor must be a finite number >= 1 (1 is balanced), got {imbalance!r}")
     ratio = 1 / imbalance

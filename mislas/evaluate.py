@@ -156,6 +156,9 @@ def summarise(
         Measures by name: ``accuracy`` and ``ece`` and the same with ``_many``, ``_medium``, ``_few``;
         ``adaptive_ece``, ``classwise_ece``, ``mce``, ``nll`` (nats), ``brier`` (0..2), ``confidence`` (mean).
         Accuracies, ECEs and the like are fractions in 0..1.
+
+    Raises:
+        MislasError: logits and targets that do not fit each other.
     """
     if logits.ndim != 2 or len(logits) != len(targets):
         raise MislasError(f"logits must be (N, K) with N targets, got {tuple(logits.shape)} and {tuple(targets.shape)}")

@@ -5,7 +5,9 @@ all classes; it is taught less by an expert the nearer it comes to it (self-pace
 experts find hard count less at first (curriculum instance selection).
 
 Constants and class-balanced batches are those of the authors' code for ImageNet-LT. Accuracies are compared on training
-images that all four were denied, classes counting alike, where the authors have a validation set.
+images that all four were denied, classes counting alike, where the authors have a validation set. An image's weight
+starts at the expert's confidence, reaches 1 at the end and weighs its loss; in their code it starts lower in groups
+with larger classes, reaches 1 at half of the epochs and weighs the logits.
 """
 
 from __future__ import annotations

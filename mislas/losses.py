@@ -90,6 +90,9 @@ def label_aware_smoothing(factors: Tensor, *, over: str = "others") -> Loss:
         factors: ``eps_y`` of each class, ``(K,)``.
         over: how eps_y is spread. ``"others"`` is equation (1): ``q_y = 1 - eps_y``, ``q_i = eps_y / (K - 1)``.
             ``"all"`` is the authors' code: eps_y / K on all K classes, so ``q_y = 1 - eps_y + eps_y / K``.
+
+    Raises:
+        MislasError: another ``over``; the loss itself, if logits have another number of classes.
     """
     if over not in ("others", "all"):
         unknown("smoothing over", over, ("others", "all"))
@@ -120,7 +123,13 @@ def check_counts(class_counts: Sequence[int]) -> Tensor:
 
 
 def focal(gamma: float) -> Loss:
-    """Focal loss ``-(1 - p_y)^gamma log p_y`` (Lin et al., 2017, equation 4); gamma 0 is cross-entropy."""
+    """Focal loss ``-(1 - p_y)^gamma log p_y`` (Lin et al., 2017, equation 4); gamma 0 is cross-entropy.
+
+    Raises:
+        MislasError: gamma below 0.
+    """
+    if not gamma >= 0:
+        raise MislasError(f"gamma of the focal loss must be >= 0, got {gamma}")
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         own = F.log_softmax(logits, dim=1).gather(1, targets[:, None]).squeeze(1)
@@ -139,6 +148,9 @@ def effective_number_weights(class_counts: Sequence[int], beta: float) -> Tensor
 
     Returns:
         float32 ``(K,)``.
+
+    Raises:
+        MislasError: beta outside its range, or a class with no image.
     """
     if not 0 <= beta < 1:
         raise MislasError(f"beta of the effective number must be in [0, 1), got {beta}")
@@ -151,7 +163,12 @@ def ldam(class_counts: Sequence[int], max_margin: float, scale: float) -> Loss:
 
     ``-log softmax(z - scale * D_y e_y)_y`` with ``D_k = C / N_k^(1/4)`` and C such that the rarest class has
     ``max_margin``. Logits are those of a cosine classifier, ``z = scale * cos``: the margin is one of cosines.
+
+    Raises:
+        MislasError: a margin below 0, a scale that is not above it, or a class with no image.
     """
+    if not (max_margin >= 0 and scale > 0):
+        raise MislasError(f"LDAM needs max_margin >= 0 and scale > 0, got {max_margin} and {scale}")
     margins = check_counts(class_counts) ** -0.25
     margins = (scale * max_margin / margins.max() * margins).float()
 
@@ -166,6 +183,9 @@ def logit_adjusted(class_counts: Sequence[int], adjustment: float) -> Loss:
     """Cross-entropy of ``z + adjustment * log pi``, pi the training frequencies (Menon et al., 2021, equation 10).
 
     With adjustment 1 it is balanced softmax (Ren et al., 2020); with 0, cross-entropy.
+
+    Raises:
+        MislasError: a class with no image.
     """
     counts = check_counts(class_counts)
     shift = (adjustment * (counts / counts.sum()).log()).float()

@@ -209,7 +209,7 @@ def find_weights(checksum: str, data_root: str | os.PathLike | None) -> Path:
 
 def freeze_but_last_block(network: nn.Module) -> list[str]:
     """Freeze a pretrained ResNet but for its last residual block: the recipe for Places-LT (Liu et al., 2019; Kang et
-    al., 2020; the authors' code, with ResNet-152 pretrained on ImageNet).
+    al., 2020), with a ResNet-152 pretrained on ImageNet. In the authors' code the block starts from random weights.
 
     Only gradients are switched off; whether batch norm's running statistics move is decided by ``network.train``.
 
@@ -258,6 +258,9 @@ class GeneralisedClassifier(nn.Module):
         learn_scale: whether s is learned (it starts at 1).
         delta: how dW starts: ``"zeros"``, ``"fresh"`` (He-normal), ``"stage1"`` (a copy of W), or None for no dW.
         generator: randomness for ``"fresh"``.
+
+    Raises:
+        MislasError: a delta of another name.
     """
 
     def __init__(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,6 +23,10 @@ from .train import learning_rate_factor
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#595959"  # of Okabe and Ito's palette
 GREEN, LIGHT = "#009E73", "#A9D6F5"  # LIGHT differs from BLUE in grey, too
+
+#: The gap of a reliability diagram's bin, where the model is over- and where it is under-confident.
+OVER = {"facecolor": "#F0C05A", "edgecolor": ORANGE, "hatch": "///"}
+UNDER = {"facecolor": LIGHT, "edgecolor": BLUE, "hatch": "\\\\\\"}
 
 #: Curves of Figure 2: light, dark, line. Without mixup, with mixup.
 NORM_LOOKS = ((LIGHT, BLUE, "--"), ("#F5D08A", "#B36B00", "-"))
@@ -39,18 +46,17 @@ def reliability_diagram(
 ) -> None:
     """Accuracy against confidence, per bin (Guo et al., 2017), with the share of test images in each bin below it.
 
-    Blue bars are the accuracy of a bin; the hatched orange part is its gap to the mean confidence. Where orange stands
-    above the blue, the model is over-confident. Accuracy and ECE are fractions in 0..1.
+    Blue bars are the accuracy of a bin; the hatched part is its gap to the mean confidence: orange and above the blue
+    where the model is over-confident, the light upper end of the blue where it is under-confident. Accuracy and ECE are
+    fractions in 0..1.
     """
     centre = (bins.edges[:-1] + bins.edges[1:]) / 2
     width = np.diff(bins.edges)
     some = bins.count > 0
     ax.bar(centre[some], bins.accuracy[some], width[some], color=BLUE, edgecolor="white", linewidth=0.5)
     bottom = np.minimum(bins.accuracy, bins.confidence)
-    ax.bar(
-        centre[some], bins.gap[some], width[some], bottom[some],
-        color=ORANGE, alpha=0.65, edgecolor=ORANGE, hatch="///", linewidth=0.5,
-    )  # fmt: skip
+    for where, look in ((bins.confidence >= bins.accuracy, OVER), (bins.confidence < bins.accuracy, UNDER)):
+        ax.bar(centre[where], bins.gap[where], width[where], bottom[where], linewidth=0.5, **look)
     ax.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2)
     share = bins.count / bins.count.sum()
     ax.bar(centre, -0.18 * share / share.max(), width, color=GREY, alpha=0.55, edgecolor="white", linewidth=0.5)
@@ -77,7 +83,8 @@ def _nothing(study: Study, dataset: str, title: str | None) -> Figure:
     """What stands in the place of a figure of which nothing is measured."""
     with plt.rc_context(STYLE):
         figure, ax = plt.subplots(figsize=(6, 0.8), layout="constrained")
-        ax.text(0.5, 0.5, f"{title or study.title(dataset)}\nnot measured yet", ha="center", va="center", color=GREY)
+        what = textwrap.fill(title or study.title(dataset), 60)
+        ax.text(0.5, 0.5, f"{what}\nnot measured yet", ha="center", va="center", color=GREY)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set(visible=True, color=GREY, linestyle=":")
     return figure
@@ -135,7 +142,8 @@ def reliability_figure(
             ax.axis("off")
         handles = [
             plt.Rectangle((0, 0), 1, 1, color=BLUE, label="accuracy of the bin"),
-            plt.Rectangle((0, 0), 1, 1, facecolor=ORANGE, alpha=0.65, hatch="///", label="gap to mean confidence"),
+            plt.Rectangle((0, 0), 1, 1, label="gap: surer than right", **OVER),
+            plt.Rectangle((0, 0), 1, 1, label="gap: less sure than right", **UNDER),
             plt.Line2D([], [], color=GREY, linestyle="--", label="perfect calibration"),
             plt.Rectangle((0, 0), 1, 1, color=GREY, alpha=0.55, label="share of test images"),
         ]
@@ -189,7 +197,7 @@ def schedule_figure(study: Study, datasets: Sequence[str]) -> Figure:
                 epochs = np.arange(1, len(rates) + 1)
                 ax.plot(epochs, rates, line, drawstyle="steps-mid", color=colour, linewidth=2, label=", ".join(names))
             ax.set(title=f"Stage-{stage[-1]}", xlabel="epoch", ylabel="learning rate", ylim=(0, None))
-            ax.legend(frameon=False, loc="best", fontsize=10)
+            ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=10)
     return figure
 
 
@@ -288,7 +296,7 @@ def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str
             }
             for label, (x, y, line, colour) in frames.items():
                 style = {"fill": False, "edgecolor": colour, "linestyle": line, "linewidth": 3, "label": label}
-                ax.add_patch(plt.Rectangle((x - 0.43, y - 0.43), 0.86, 0.86, **style))
+                ax.add_patch(plt.Rectangle((x + 0.07, y + 0.07), 0.86, 0.86, **style))
             ax.plot([], [], linestyle="", marker="*", markersize=9, color="black", label="best")
             ax.legend(loc="upper left", frameon=False, title="darker is better", alignment="left")
         figure.suptitle(_heading(study, dataset, shown, title), fontsize=11, color=GREY)
@@ -297,26 +305,23 @@ def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str
 
 def _matrix(ax: Axes, values: dict[tuple[int, int], float], sign: int) -> None:
     """One matrix: a shaded square with its number per cell, a dash where nothing is measured, a star at the best."""
-    low, high = min(values.values()), max(values.values())
-    best = high if sign > 0 else low
+    cells = pd.Series(values).unstack(0).reindex(index=range(6), columns=range(6))
+    low, high = sorted((sign * min(values.values()), sign * max(values.values())))
+    spread = high - low or 1.0  # one value alone is light
+    sns.heatmap(
+        sign * cells, vmin=low - 0.1 * spread, vmax=high + 0.15 * spread, cmap="Blues", cbar=False, square=True, ax=ax,
+        annot=cells, fmt=".1f", annot_kws={"size": 11}, linewidths=2,
+    )  # fmt: skip
     for x in range(6):
         for y in range(x + 1):
-            value = values.get((x, y))
-            shade = 0.0 if value is None or high == low else (value - low if sign > 0 else high - value) / (high - low)
-            colour = "white" if value is None else plt.cm.Blues(0.1 + 0.75 * shade)
-            ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=colour, edgecolor="white", linewidth=2))
-            ink = "white" if shade > 0.8 else "black"
-            ax.text(x, y, DASH if value is None else f"{value:.1f}", ha="center", va="center", color=ink)
-            if value == best:
-                ax.plot(x + 0.29, y + 0.27, "*", markersize=9, color=ink)
-    ticks = {"ticks": range(6), "labels": [f"{i / 10}" for i in range(6)]}
-    ax.set_xticks(**ticks)
-    ax.set_yticks(**ticks)
-    ax.set(
-        xlim=(-0.5, 5.5), ylim=(-0.5, 5.5), aspect="equal", xlabel="ε₁ (largest class)", ylabel="ε_K (smallest class)"
-    )
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
+            if (x, y) not in values:
+                ax.text(x + 0.5, y + 0.5, DASH, ha="center", va="center")
+            elif sign * values[x, y] == high:
+                ax.plot(x + 0.79, y + 0.77, "*", markersize=9, color="white" if high > low else "black")
+    labels = [f"{i / 10}" for i in range(6)]
+    ax.set(xlabel="ε₁ (largest class)", ylabel="ε_K (smallest class)", xticklabels=labels, yticklabels=labels)
+    ax.invert_yaxis()
+    ax.tick_params(length=0, labelrotation=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- Figure 6
@@ -442,7 +447,7 @@ def forms_figure(
                 counts, np.full(len(counts), 0.0), "|", color=GREY, markersize=10, label="the classes", clip_on=False
             )
             ax.set(title=heading, xlabel="training images of the class", ylabel="smoothing factor ε", ylim=(0, None))
-            ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.05))
+            ax.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
         figure.suptitle(f"{study.title(dataset)}, IF {imbalance:g}", fontsize=11, color=GREY)
     return figure
 

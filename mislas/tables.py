@@ -22,7 +22,7 @@ from .config import RunConfig
 from .data import groups
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store
-from .study import Asked, Rows, Study, missing_by_command
+from .study import ALL_OF_THEIRS, Asked, Rows, Study, authors_variants, missing_by_command
 
 DASH = "–"
 
@@ -202,6 +202,34 @@ def table3(
 def _published_table3(dataset: str, method: str, imbalance: float) -> float | None:
     numbers = paper.TABLE3[dataset].get(method)
     return numbers[paper.IMBALANCES.index(imbalance)] if numbers else None
+
+
+def beside_authors_code(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
+    """Accuracy and ECE that the authors published with their code, best epoch on the test set, beside ours at the last:
+    Stage-1 with mixup; MiSLAS by the paper; and MiSLAS by their configuration (:data:`mislas.study.ALL_OF_THEIRS`)."""
+    theirs = paper.AUTHORS_CODE[dataset]
+    rows = {
+        f"{name}, IF {imbalance:g}": (theirs[method][imbalance], (method, imbalance, changes))
+        for imbalance in imbalances
+        for name, method, changes in (
+            ("mixup", "mixup", {}),
+            ("MiSLAS, the paper's equations", "mislas", {}),
+            ("MiSLAS, their configuration", "mislas", authors_variants(dataset, imbalance)[ALL_OF_THEIRS]),
+        )
+    }
+    asked = [run for _, run in rows.values()]
+    found = study.each(dataset, asked)
+    shown = [record for records in found for record in records]
+    beside = study.kind != "tiny"
+    cells: dict[tuple[str, str], list[str]] = {}
+    for place, (head, key) in enumerate({"accuracy": "accuracy", "ECE": "ece"}.items()):
+        if beside:
+            cells["authors' code", head] = [f"{numbers[place]:g}" for numbers, _ in rows.values()]
+        cells[study.kind, head] = [_metric(records, key, DASH) + star(records, shown) for records in found]
+    frame = pd.DataFrame(cells, index=list(rows))
+    frame = frame[sorted(frame.columns, key=lambda column: column[0] == study.kind)]
+    caption = f"Top-1 accuracy and ECE (%), {study.title(dataset)}: published with the authors' code, and ours."
+    return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown, beside)
 
 
 def table2(

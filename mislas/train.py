@@ -477,9 +477,13 @@ def train_stage2(
         configs: runs with equal :attr:`RunConfig.shared_pass`.
         stage1: the trained backbone and its linear classifier. The backbone's batch norm is changed in place if the
             runs shift it; nothing else is.
+
+    Raises:
+        MislasError: runs that do not see the same features, or one that diverged.
+        OutOfTime: the deadline of the options is near.
     """
     if len({config.shared_pass for config in configs}) != 1:
-        raise ValueError("runs trained on one pass must share Stage-1, epochs, batch size, sampler, mixup and BN mode")
+        raise MislasError("runs trained on one pass must share Stage-1, epochs, batch size, sampler, mixup and BN mode")
     first, device = configs[0], options.torch_device()
     data = training_part(first, data)
     network, classifier = stage1

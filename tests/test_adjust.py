@@ -21,6 +21,7 @@ from mislas.adjust import (
 )
 from mislas.augment import Images
 from mislas.data import SPECS
+from mislas.errors import MislasError
 from mislas.evaluate import predict
 from mislas.methods import configure
 from mislas.train import train_stage1
@@ -184,3 +185,9 @@ def test_a_rule_with_shift_moves_running_statistics_and_nothing_else(digits, hel
     for name, value in trained.backbone.state_dict().items():
         moved = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert torch.equal(value, held[0].state_dict()[name]) == (not moved), name
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_is_above_0(classifier, temperature):
+    with pytest.raises(MislasError, match="temperature must be > 0"):
+        temperature_scaled(classifier, temperature)

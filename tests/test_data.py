@@ -47,6 +47,8 @@ def test_cifar100_lt_at_100_has_10847_images():
 def test_factor_1_keeps_every_image_of_a_balanced_set():
     targets = np.tile(np.arange(4), 25)
     assert long_tailed_counts(25, 1, 4) == (25,) * 4
+    with pytest.raises(MislasError, match="at least 2 classes"):
+        long_tailed_counts(25, 1, 1)
     assert sorted(long_tailed_indices(targets, 1, 4)) == list(range(100))
 
 

@@ -286,3 +286,11 @@ def test_a_class_without_images_has_no_weight():
 def test_beta_outside_its_range_is_refused():
     with pytest.raises(MislasError, match=r"beta .* must be in \[0, 1\), got 1"):
         effective_number_weights(COUNTS, 1.0)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: focal(-0.5), lambda: ldam([9, 3], -0.1, 30.0), lambda: ldam([9, 3], 0.5, 0.0)]
+)
+def test_settings_outside_their_range_are_refused(make):
+    with pytest.raises(MislasError, match=r"must be >= 0|needs max_margin"):
+        make()

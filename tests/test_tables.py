@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mislas.methods import configure
-from mislas.study import LEARNED, Study
+from mislas.study import ALL_OF_THEIRS, LEARNED, Study, authors_variants
 from mislas.tables import (
     BY_GROUP,
+    beside_authors_code,
     by_group,
     copies,
     difference,
@@ -288,3 +289,15 @@ def test_the_readme_quotes_the_store():
     root = Path(__file__).parents[1]
     text = (root / "README.md").read_text()
     assert runpy.run_path(str(root / "book" / "readme.py"))["rewrite"](text) == text
+
+
+def test_the_authors_published_numbers_stand_beside_ours(made_up):
+    made_up("cifar10", "mixup", imbalance=50)
+    changes = authors_variants("cifar10", 50)[ALL_OF_THEIRS]
+    made_up("cifar10-jpeg", "mislas", imbalance=50, changes=changes)
+    table = beside_authors_code(Study(results_root=made_up.root), "cifar10", [50])
+    assert table.frame["authors' code", "accuracy"].tolist() == ["78.1", "85.7", "85.7"]
+    assert table.frame["authors' code", "ECE"].tolist() == ["2.49", "2.01", "2.01"]
+    first, second, third = table.frame["measured", "accuracy"]
+    assert (first[-1] != "*", second, third[-1]) == (True, "–", "*")
+    assert "mislas train --dataset cifar10 --imbalance 50 --method mislas --data-root DIR" in table.notes[0]

@@ -403,7 +403,7 @@ def test_heads_trained_together_under_shift_are_those_trained_alone(digits, opti
 
 
 def test_runs_that_see_other_features_do_not_train_together(digits, options, stage1):
-    with pytest.raises(ValueError, match="must share Stage-1"):
+    with pytest.raises(MislasError, match="must share Stage-1"):
         train_stage2([digits_config("lws"), digits_config("mislas")], stage1, digits, options)
 
 

@@ -27,7 +27,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing.synchronize import Barrier
@@ -37,16 +37,15 @@ import torch
 import torch.nn.functional as F
 from roofline import peaks, roofline_seconds, work
 from torch import nn
-from usual import usual_epoch, usual_loader
 
 from mislas import Dataset, Options, RunConfig, configure
-from mislas.campaign import GRID
 from mislas.models import backbone, native_bfloat16, use_float32_products
 from mislas.runs import device_name
+from mislas.study import GRID
 from mislas.together import train_together
 from mislas.train import stage1_run, train_stage1, train_stage2
 
-BATCH = 128
+BATCH, BACKBONE = 128, "resnet32"
 
 
 def random_data(images: int) -> Dataset:
@@ -66,7 +65,9 @@ def sgd(network: nn.Module, **kwargs) -> torch.optim.SGD:
 
 
 def usual(data: Dataset, device: torch.device) -> Callable[[], float]:
-    network = nn.Sequential(backbone("resnet32"), nn.Linear(64, 10)).to(device).train()
+    from usual import usual_epoch, usual_loader  # here: processes that compute at once need no torchvision
+
+    network = nn.Sequential(backbone(BACKBONE), nn.Linear(64, 10)).to(device).train()
     optimizer = sgd(network)
     loader = usual_loader(data, BATCH, device)
 
@@ -98,12 +99,12 @@ def second_epoch(train: Callable[[Callable], object], device: torch.device, mode
 
 
 def ours(data: Dataset, options: Options) -> Callable[[], float]:
-    config = configure("cifar10", "ce", 1, overrides={"epochs": 3})
+    config = configure("cifar10", "ce", 1, overrides={"epochs": 3, "backbone": BACKBONE})
     return second_epoch(lambda mark: train_stage1(config, data, options, evaluate=mark), options.torch_device())
 
 
 def together(n: int, data: Dataset, options: Options) -> Callable[[], float]:
-    configs = [configure("cifar10", "ce", 1, seed, {"epochs": 3}) for seed in range(n)]
+    configs = [configure("cifar10", "ce", 1, seed, {"epochs": 3, "backbone": BACKBONE}) for seed in range(n)]
 
     def train(mark: Callable) -> None:
         list(train_together([stage1_run(config, data, options, evaluate=mark) for config in configs]))
@@ -112,13 +113,13 @@ def together(n: int, data: Dataset, options: Options) -> Callable[[], float]:
 
 
 def stage2(configs: list[RunConfig], data: Dataset, options: Options) -> Callable[[], float]:
-    model = backbone("resnet32"), nn.Linear(64, 10)
+    model = backbone(BACKBONE), nn.Linear(64, 10)
     return second_epoch(lambda mark: train_stage2(configs, model, data, options, evaluate=mark), options.torch_device())
 
 
 def bare_step(options: Options) -> Callable[[], None]:
     device = options.torch_device()
-    network = nn.Sequential(backbone("resnet32"), nn.Linear(64, 10))
+    network = nn.Sequential(backbone(BACKBONE), nn.Linear(64, 10))
     network = network.to(device, memory_format=torch.channels_last).train()
     if not native_bfloat16(device):
         use_float32_products(network)
@@ -194,7 +195,7 @@ RATIOS = [  # name, the time above, the time below
 ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2560, help="images in an epoch, a multiple of 128")
     parser.add_argument("--repeats", type=int, default=5)
@@ -202,10 +203,10 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--together", type=int, default=2, metavar="N", help="models that train at once (default: 2)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write what was measured as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     options = Options(arguments.device, arguments.compile, eval_every=1, progress=False)
     device, data = options.torch_device(), random_data(arguments.images // BATCH * BATCH)
-    three = {"stage2.epochs": 3}
+    three = {"stage2.epochs": 3, "backbone": BACKBONE}
     grid = [configure("cifar10", "mislas", 1, overrides=three | cell) for cell in GRID]
     loops = {
         "usual": usual(data, device),

@@ -6,7 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from mislas.cards import Markdown
+from IPython.display import Markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The fence, a title if there is one, and the text.

@@ -6,6 +6,7 @@ set. Held-out images are long-tailed as the training set is, so each class count
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -69,6 +70,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
+@torch.no_grad()
 def best_tau(adjusted: Callable[[float], nn.Linear], features: Tensor, targets: Tensor) -> float:
     """The tau of :data:`TAUS` whose classifier is right most often, classes counting alike; the least of equals."""
 
@@ -123,28 +125,24 @@ def adjust(
     if held is not None:
         held_features, held_targets = features_of(held), data.train_targets[held]
         kept[held] = False
+    adjusted = {
+        "tau_norm": functools.partial(tau_normalised, classifier),
+        "logit_adjustment": functools.partial(logit_adjusted, classifier, train.class_counts),
+        "temperature": functools.partial(temperature_scaled, classifier),
+    }
     heads, histories = [], []
-    with torch.no_grad():
-        for config in configs:
-            rule, value = config.stage2.rule, config.stage2.value
-            if rule == "ncm":
-                head = nearest_class_mean(features_of(kept.nonzero()[:, 0]), train.train_targets, data.num_classes)
-            elif rule == "temperature":
-                if value is None:
-                    with torch.enable_grad():
-                        value = best_temperature(classifier(held_features).detach(), held_targets)
-                head = temperature_scaled(classifier, value)
-            else:
-
-                def adjusted(tau: float, rule=rule) -> nn.Linear:
-                    if rule == "tau_norm":
-                        return tau_normalised(classifier, tau)
-                    return logit_adjusted(classifier, train.class_counts, tau)
-
-                value = best_tau(adjusted, held_features, held_targets) if value is None else value
-                head = adjusted(value)
-            heads.append(head.to(device))
-            histories.append([{"epoch": 0} | ({} if value is None else {"value": round(value, 6)})])
+    for config in configs:
+        rule, value = config.stage2.rule, config.stage2.value
+        if rule == "ncm":
+            head = nearest_class_mean(features_of(kept.nonzero()[:, 0]), train.train_targets, data.num_classes)
+        else:
+            if value is None and rule == "temperature":
+                value = best_temperature(classifier(held_features).detach(), held_targets)
+            elif value is None:
+                value = best_tau(adjusted[rule], held_features, held_targets)
+            head = adjusted[rule](value)
+        heads.append(head.to(device))
+        histories.append([{"epoch": 0} | ({} if value is None else {"value": round(value, 6)})])
     return Trained(network, heads, histories, time.monotonic() - started)
 
 

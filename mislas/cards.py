@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from IPython.display import Markdown
+
 from .methods import METHODS, configure
 from .study import Study
 from .tables import percent
-
-
-class Markdown:
-    """Text that Jupyter shows as Markdown."""
-
-    def __init__(self, text: str):
-        self.text = text
-
-    def _repr_markdown_(self) -> str:
-        return self.text
-
-    __repr__ = __str__ = lambda self: self.text
 
 
 def settings(method: str, dataset: str = "cifar10") -> dict[str, Any]:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -110,6 +111,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="train up to N Stage-1 runs of small networks at once, in equal batches (default: 1)",
     )
+    which.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that decode image files; 0 decodes in this one (default: one per processor)",
+    )
     which.add_argument("--quiet", action="store_true", help="no progress bar")
 
     asked = argparse.ArgumentParser(add_help=False, parents=[which])  # what "train" and "submit" have in common
@@ -125,19 +132,14 @@ def _parser() -> argparse.ArgumentParser:
         help="imbalance factors >= 1; 1 is balanced (default: 100). Datasets of list files have their own",
     )
     asked.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes that decode image files; 0 decodes in this one (default: one per processor)",
-    )
-    asked.add_argument(
         "--eval-every",
         type=int,
         default=10,
         metavar="N",
         help="epochs between test evaluations along the way (default: 10); the last epoch is what counts",
     )
-    fields = "fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(_wrap(field_names()))
+    names = textwrap.wrap("  ".join(field_names()), 100, break_on_hyphens=False)
+    fields = "fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(names)
 
     train = commands.add_parser(
         "train",
@@ -270,15 +272,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _wrap(words: list[str], width: int = 100) -> list[str]:
-    lines = [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += f"{word}  "
-    return lines
-
-
 def _store(arguments: argparse.Namespace) -> Store:
     return Store(arguments.results_root or default_results_root())
 
@@ -310,18 +303,10 @@ def _configs(arguments: argparse.Namespace) -> list[RunConfig]:
 
 
 def _options(arguments: argparse.Namespace) -> Options:
-    if arguments.eval_every < 1:
-        raise MislasError(f"--eval-every must be at least 1, got {arguments.eval_every}")
-    if arguments.workers is not None and arguments.workers < 0:
-        raise MislasError(f"--workers must be at least 0, got {arguments.workers}")
-    return Options(
-        arguments.device,
-        arguments.compile,
-        arguments.eval_every,
-        progress=not arguments.quiet,
-        workers=arguments.workers,
-        together=arguments.together,
-    )
+    how = {name: getattr(arguments, name) for name in ("device", "compile", "workers", "together")}
+    if "eval_every" in arguments:
+        how["eval_every"] = arguments.eval_every
+    return Options(progress=not arguments.quiet, **how)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -371,8 +356,7 @@ def _print_ended(planned: Sequence[cluster.ClusterJob], ended: Iterable[tuple]) 
 
 
 def _campaign(arguments: argparse.Namespace) -> None:
-    store, overrides = _store(arguments), parse_overrides(arguments.set)
-    options = Options(arguments.device, arguments.compile, progress=not arguments.quiet, together=arguments.together)
+    store, overrides, options = _store(arguments), parse_overrides(arguments.set), _options(arguments)
     budget = parse_budget(arguments.budget) if arguments.budget else None
     everything = wanted(arguments.dataset, arguments.imbalance, arguments.seed)
     configs = list({c.id: c for c in (config.override(overrides) for config in everything)}.values())

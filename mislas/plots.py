@@ -369,12 +369,6 @@ def shift_figure(
 # ---------------------------------------------------------------------------------------------------------- Figure 2
 
 
-def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Moving average over ``width`` values (odd), ``(N,)``; at the ends over those that are there."""
-    kernel = np.ones(width)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
-
-
 def weight_norm_figure(
     study: Study,
     dataset: str,
@@ -408,7 +402,8 @@ def weight_norm_figure(
                 norms, rank = arrays["weight_norm"][order], np.arange(1, len(order) + 1)
                 width = 2 * max(1, len(order) // 40) + 1
                 ax.plot(rank, norms, color=light, linewidth=0.8)
-                ax.plot(rank, smooth(norms, width), line, color=dark, linewidth=2, label=label)
+                smooth = pd.Series(norms).rolling(width, center=True, min_periods=1).mean()
+                ax.plot(rank, smooth, line, color=dark, linewidth=2, label=label)
             for record in [record for records in curves.values() for record in records][:1]:
                 counts = np.sort(record.arrays()["class_counts"])[::-1]
                 behind.fill_between(np.arange(1, len(counts) + 1), counts, color=GREY, alpha=0.15, linewidth=0)

@@ -279,8 +279,7 @@ def _train(
             if len(groups) > 1:
                 _run_together([config for (config,) in groups], datasets, store, options)
                 continue
-            weights = find_weights(first.stage1.weights, data_root) if _needs_weights(first) else None
-            _run_group(groups[0], datasets[first.data_title], store, options, weights)
+            _run_group(groups[0], datasets[first.data_title], store, data_root, options)
             distributed.agree(None)  # nobody goes on before the first has written
 
 
@@ -349,10 +348,6 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
                     path.unlink()
 
 
-def _needs_weights(config: RunConfig) -> bool:
-    return config.stage2 is None and config.stage1.weights is not None
-
-
 def _along_the_way(data: Dataset | ListDataset, test: Images | ImageBatches) -> Callable:
     def evaluate(network: nn.Module, heads: Sequence[nn.Module]) -> list[dict[str, float]]:
         correct = [logits.argmax(1) == data.test_targets for logits in predict(network, heads, test)]
@@ -377,12 +372,17 @@ def _run_together(
 
 
 def _run_group(
-    group: list[RunConfig], data: Dataset | ListDataset, store: Store, options: Options, weights: Path | None
+    group: list[RunConfig],
+    data: Dataset | ListDataset,
+    store: Store,
+    data_root: str | os.PathLike | None,
+    options: Options,
 ) -> None:
     first, test = group[0], plain_images(data, options)
     checkpoint, along_the_way = store.checkpoint(group), _along_the_way(data, test)
     if first.stage2 is None:
         experts = [store.get_weights(expert, data.num_classes) for expert in first.experts]
+        weights = first.stage1.weights and find_weights(first.stage1.weights, data_root)
         trained = train_stage1(first, data, options, checkpoint, along_the_way, weights, experts)
     else:
         stage1 = store.get_weights(first.stage1_only, data.num_classes)

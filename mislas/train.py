@@ -67,7 +67,8 @@ class Options:
         together: how many Stage-1 runs of small networks train at once (:mod:`mislas.together`), at least 1.
 
     Raises:
-        MislasError: ``together`` below 1, or above 1 with ``compile``: what they compute on one pass is not compiled.
+        MislasError: ``eval_every`` or ``together`` below 1, ``workers`` below 0; or ``together`` above 1 with
+            ``compile``: what they compute on one pass is not compiled.
     """
 
     device: str | None = None
@@ -80,6 +81,10 @@ class Options:
     together: int = 1
 
     def __post_init__(self):
+        if self.eval_every < 1:
+            raise MislasError(f"eval_every, the epochs between evaluations, is 1 or more, got {self.eval_every!r}")
+        if self.workers is not None and self.workers < 0:
+            raise MislasError(f"workers, the processes that decode images, are 0 or more, got {self.workers!r}")
         if not (type(self.together) is int and self.together >= 1):
             raise MislasError(f"together, the Stage-1 runs that train at once, is 1 or more, got {self.together!r}")
         if self.together > 1 and self.compile:

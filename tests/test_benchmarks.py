@@ -2,9 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +11,25 @@ from scipy.stats import ttest_ind
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_benchmark_runs_and_saves_rates_and_ratios(tmp_path):
-    script, saved = ROOT / "benchmarks" / "train.py", tmp_path / "here.json"
-    options = ["--images", "128", "--repeats", "1", "--device", "cpu", "--save", str(saved)]
-    two = os.environ | {"OMP_NUM_THREADS": "2"}
-    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, env=two)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(saved.read_text())
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+def test_the_benchmark_runs_and_saves_rates_and_ratios(script, tmp_path, monkeypatch, capsys):
+    benchmark, saved = script("train"), tmp_path / "here.json"
+    monkeypatch.setattr(benchmark, "BACKBONE", "resnet8")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    benchmark.main(["--images", "128", "--repeats", "1", "--device", "cpu", "--save", str(saved)])
+    found, printed = json.loads(saved.read_text()), capsys.readouterr().out
     assert set(found["images_per_second"]) == {
         "usual", "ours", "bare", "roofline", "together", "one head", "grid", "at once"
     }  # fmt: skip
     assert "2 processes at once, a thread each, against one of 2 threads" in found["ratios"]
     for middle, low, high in (*found["images_per_second"].values(), *found["ratios"].values()):
         assert 0 < low <= middle <= high
-    assert all(name in done.stdout for name in found["ratios"])
+    assert all(name in printed for name in found["ratios"])
 
 
 def test_the_roofline_counts_what_a_step_computes_and_moves(script):
@@ -39,12 +41,6 @@ def test_the_roofline_counts_what_a_step_computes_and_moves(script):
     assert roofline.work(lambda: torch.empty(100)) == (0, 0)
     assert roofline.roofline_seconds(100, 20, 50, 5) == 4  # 2 s of arithmetic, 4 s of memory
     assert all(rate > 1e6 for rate in roofline.peaks(torch.device("cpu"), 0.01))
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_every_picture_has_a_text_for_those_who_cannot_see_it(book):
 
 
 def test_every_exercise_is_listed_with_a_link_and_without_its_solution(book):
-    listed = str(book.exercises())
+    listed = book.exercises().data
     prose = {page: book.text(page) for page in book.pages()}
     headings = sum(text.count("{admonition} Exercise") for text in prose.values())
     assert headings == sum(text.count("{admonition} Solution") for text in prose.values())

@@ -19,7 +19,7 @@ def test_settings_are_what_differs_from_the_plain_model():
 
 
 def test_every_method_has_a_card_that_says_how_to_measure_it(tmp_path):
-    text = str(cards(METHODS, Study("stored", results_root=tmp_path)))
+    text = cards(METHODS, Study("stored", results_root=tmp_path)).data
     for name, method in METHODS.items():
         assert f"{method.title} — `{name}`" in text
         assert f"--method {name} " in text

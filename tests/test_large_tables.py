@@ -14,7 +14,7 @@ from mislas import paper
 from mislas.campaign import Job, _kind, estimate, wanted
 from mislas.cli import _parser, parse_overrides
 from mislas.methods import configure
-from mislas.plots import missing_commands, reliability_figure, smooth, weight_norm_figure
+from mislas.plots import missing_commands, reliability_figure, weight_norm_figure
 from mislas.study import SHORT, Study
 from mislas.tables import (
     TABLE1_GAINS,
@@ -210,12 +210,6 @@ def test_a_backbone_that_the_paper_lacks_has_no_column_of_the_paper(made_up, sto
 # ---------------------------------------------------------------------------------------------------- Figures 2, 8, 9
 
 
-def test_smoothing_keeps_constants_and_lines():
-    assert np.allclose(smooth(np.full(9, 3.0), 5), 3)
-    assert np.allclose(smooth(np.arange(9.0), 5)[2:-2], np.arange(2, 7))
-    assert np.allclose(smooth(np.array([0.0, 3.0, 6.0]), 3), [1.5, 3, 4.5])
-
-
 def test_weight_norms_are_means_by_group(made_up, stored):
     counts = np.array([200, 150, 50, 10, 5] + [30] * 195)
     norm = np.array([4.0, 2.0, 1.0, 6.0, 3.0] + [1.0] * 195)
@@ -232,7 +226,8 @@ def test_classes_of_figure_2_are_sorted_by_training_images(made_up, stored):
     figure = weight_norm_figure(stored, "tinyimagenet64", PANELS, R50, "here")
     light, dark = figure.axes[0].lines[:2]
     assert light.get_ydata()[:4].tolist() == [3, 2, 1, 0.5]
-    assert np.allclose(dark.get_ydata(), smooth(light.get_ydata(), 11))
+    norms, smooth = light.get_ydata(), dark.get_ydata()  # over 11 classes, at the ends over those that are there
+    assert np.allclose(smooth[[0, 20, -1]], [norms[:6].mean(), norms[15:26].mean(), norms[-6:].mean()])
     legends = [text.get_text() for ax in figure.axes if ax.get_legend() for text in ax.get_legend().get_texts()]
     assert legends == ["plain", "mixup: not measured yet", "plain: not measured yet", "mixup: not measured yet"]
     assert "measured: tinyimagenet64, seed 0" in figure._suptitle.get_text()

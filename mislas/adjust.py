@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import RunConfig
-from .data import Dataset
+from .data import LongTailed
 from .errors import MislasError
 from .evaluate import predict
-from .lists import ListDataset
 from .losses import check_counts, class_balanced_mean
 from .train import Options, Trained, batches_of, forward, plain_images, progress_bar
 
@@ -97,7 +96,7 @@ def best_temperature(logits: Tensor, targets: Tensor) -> float:
 
 
 def adjust(
-    configs: Sequence[RunConfig], stage1: tuple[nn.Module, nn.Linear], data: Dataset | ListDataset, options: Options
+    configs: Sequence[RunConfig], stage1: tuple[nn.Module, nn.Linear], data: LongTailed, options: Options
 ) -> Trained:
     """Apply the rules of several runs that share Stage-1 and batch norm's statistics.
 
@@ -146,9 +145,7 @@ def adjust(
     return Trained(network, heads, histories, time.monotonic() - started)
 
 
-def shift_statistics(
-    configs: Sequence[RunConfig], network: nn.Module, data: Dataset | ListDataset, options: Options
-) -> None:
+def shift_statistics(configs: Sequence[RunConfig], network: nn.Module, data: LongTailed, options: Options) -> None:
     """Move batch norm's running statistics over unmixed batches, class-balanced unless ``stage2.shift_sampler`` names
     other ones; weights stay (paper, section 3.3)."""
     config = configs[0]

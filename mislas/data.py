@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .errors import DataError, MislasError, unknown
-
-if TYPE_CHECKING:
-    from .lists import ListDataset
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the authors', on both CIFARs
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -147,9 +144,47 @@ def training_images(name: str, imbalance: float, n_max: int | None = None) -> in
     return sum(long_tailed_counts(spec.train_per_class if n_max is None else n_max, imbalance, spec.num_classes))
 
 
+class LongTailed:
+    """What a dataset in memory, :class:`Dataset`, and one of list files, :class:`mislas.lists.ListDataset`, have in
+    common: a training set, long-tailed or balanced, and its balanced test set.
+
+    A subclass has ``name``, ``imbalance``, ``train_targets`` and ``test_targets``, int64 ``(N,)`` in
+    ``0 .. num_classes - 1``, ``only(which)`` and ``checksum``.
+    """
+
+    @property
+    def spec(self) -> Spec | ListSpec:
+        return spec_of(self.name)
+
+    @property
+    def num_classes(self) -> int:
+        return self.spec.num_classes
+
+    @cached_property
+    def class_counts(self) -> tuple[int, ...]:
+        """Training images per class, in label order."""
+        return tuple(torch.bincount(self.train_targets, minlength=self.num_classes).tolist())
+
+    @cached_property
+    def groups(self) -> dict[str, list[int]]:
+        return groups(self.class_counts)
+
+    def hold_out(self, share: float) -> tuple[Self, Tensor]:
+        """This dataset with a share of each class's training images taken out, and the indices of those, ``(M,)``.
+
+        Of every class the last ``max(1, round(share * N_k))`` are taken: a class is in random order after the cut, and
+        in the order of its list otherwise.
+
+        Raises:
+            DataError: a class would be left without an image.
+        """
+        out = in_last_place(self.train_targets, self.class_counts, share)
+        return self.only(~out), out.nonzero()[:, 0]
+
+
 @dataclass(frozen=True)
-class Dataset:
-    """A training set, long-tailed or balanced, and its balanced test set.
+class Dataset(LongTailed):
+    """A dataset in memory.
 
     Attributes:
         name: canonical name (a key of :data:`SPECS`).
@@ -166,34 +201,6 @@ class Dataset:
     test_images: Tensor = field(repr=False)
     test_targets: Tensor = field(repr=False)
     class_names: tuple[str, ...] = field(repr=False)
-
-    @property
-    def spec(self) -> Spec:
-        return SPECS[self.name]
-
-    @property
-    def num_classes(self) -> int:
-        return self.spec.num_classes
-
-    @cached_property
-    def class_counts(self) -> tuple[int, ...]:
-        """Training images per class, in label order."""
-        return tuple(torch.bincount(self.train_targets, minlength=self.num_classes).tolist())
-
-    @cached_property
-    def groups(self) -> dict[str, list[int]]:
-        return groups(self.class_counts)
-
-    def hold_out(self, share: float) -> tuple[Dataset, Tensor]:
-        """This dataset with a share of each class's training images taken out, and the indices of those, ``(M,)``.
-
-        Of every class the last ``max(1, round(share * N_k))`` are taken (a class is in random order after the cut).
-
-        Raises:
-            DataError: a class would be left without an image.
-        """
-        out = in_last_place(self.train_targets, self.class_counts, share)
-        return self.only(~out), out.nonzero()[:, 0]
 
     def only(self, which: Tensor, targets: Tensor | None = None) -> Dataset:
         """This dataset with the training images in ``which``, bool ``(N,)`` or indices, alone; with other labels if
@@ -301,7 +308,7 @@ def load(
     *,
     n_max: int | None = None,
     download: bool = False,
-) -> Dataset | ListDataset:
+) -> LongTailed:
     """Read a dataset and cut its training set long-tailed.
 
     Args:

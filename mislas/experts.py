@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Dataset
+from .data import LongTailed
 from .errors import DataError
 from .evaluate import predict
-from .lists import ListDataset
 from .losses import class_balanced_mean
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 THRESHOLD = 0.3  # an expert teaches in full until the student has this share of its accuracy
 
 
-def of_group(data: Dataset | ListDataset, groups: dict[str, list[int]], group: str) -> Dataset | ListDataset:
+def of_group(data: LongTailed, groups: dict[str, list[int]], group: str) -> LongTailed:
     """A dataset with the training images of one group of classes; labels stay what they are.
 
     Raises:
@@ -77,8 +76,8 @@ class Experts:
         self,
         models: Sequence[tuple[nn.Module, nn.Module]],
         groups: dict[str, list[int]],
-        data: Dataset | ListDataset,
-        held: Dataset | ListDataset,
+        data: LongTailed,
+        held: LongTailed,
         config: RunConfig,
         options: Options,
     ):

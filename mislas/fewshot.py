@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .config import RunConfig
-from .data import Dataset
+from .data import LongTailed
 from .evaluate import predict
-from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CosineClassifier
 from .samplers import one_image_each
@@ -44,7 +43,7 @@ from .train import (
 )
 
 
-def base_and_novel(data: Dataset | ListDataset) -> tuple[list[int], list[int]]:
+def base_and_novel(data: LongTailed) -> tuple[list[int], list[int]]:
     """The classes with enough images to learn from, and those with few, each in order.
 
     Novel are the few-shot classes. Where there are none, or less than two others, it is the third with the fewest
@@ -156,7 +155,7 @@ def draw_episodes(
 def train_few_shot(
     config: RunConfig,
     stage1: tuple[nn.Module, CosineClassifier],
-    data: Dataset | ListDataset,
+    data: LongTailed,
     options: Options,
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,

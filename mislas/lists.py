@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import LISTS, SPECS, ListSpec, cache_dir, groups, in_last_place, load, long_tailed_counts
+from .data import LISTS, SPECS, LongTailed, cache_dir, groups, load, long_tailed_counts
 from .errors import DataError, MislasError, unknown
 
 #: A file in an image root that says how its images differ from the original ones.
@@ -83,8 +83,8 @@ class ImageList:
 
 
 @dataclass(frozen=True)
-class ListDataset:
-    """A long-tailed training list and its balanced test list: what :class:`mislas.data.Dataset` is for small images.
+class ListDataset(LongTailed):
+    """A dataset of list files: a long-tailed training list and its balanced test list.
 
     Attributes:
         name: canonical name (a key of :data:`mislas.data.LISTS`).
@@ -96,14 +96,6 @@ class ListDataset:
     test: ImageList
 
     @property
-    def spec(self) -> ListSpec:
-        return LISTS[self.name]
-
-    @property
-    def num_classes(self) -> int:
-        return self.spec.num_classes
-
-    @property
     def train_targets(self) -> Tensor:
         return self.train.targets
 
@@ -112,22 +104,9 @@ class ListDataset:
         return self.test.targets
 
     @property
-    def class_counts(self) -> tuple[int, ...]:
-        return self.train.class_counts
-
-    @property
-    def groups(self) -> dict[str, list[int]]:
-        return self.train.groups
-
-    @property
     def imbalance(self) -> float:
         """N_max / N_min of the training list."""
         return max(self.class_counts) / min(self.class_counts)
-
-    def hold_out(self, share: float) -> tuple[ListDataset, Tensor]:
-        """As :meth:`mislas.data.Dataset.hold_out`; a class is in the order of its list."""
-        out = in_last_place(self.train_targets, self.class_counts, share)
-        return self.only(~out), out.nonzero()[:, 0]
 
     def only(self, which: Tensor, targets: Tensor | None = None) -> ListDataset:
         """As :meth:`mislas.data.Dataset.only`."""

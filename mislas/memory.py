@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from .adjust import nearest_class_mean
 from .config import RunConfig
-from .data import Dataset
+from .data import LongTailed
 from .evaluate import predict
-from .lists import ListDataset
 from .losses import cross_entropy
 from .models import CifarResNet, CosineClassifier, freeze_but_last_block, init_kaiming
 from .train import Options, Trained, _loop, alone, batches_of, forward, plain_images, torch_rng, training_part
@@ -138,7 +137,7 @@ def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
 def train_memory(
     config: RunConfig,
     stage1: tuple[nn.Module, nn.Linear],
-    data: Dataset | ListDataset,
+    data: LongTailed,
     options: Options,
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,

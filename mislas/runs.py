@@ -37,7 +37,7 @@ from . import __version__, distributed
 from .adjust import adjust
 from .augment import Images
 from .config import Adjustment, FewShot, Memory, RunConfig
-from .data import Dataset, load, write_atomically
+from .data import LongTailed, load, write_atomically
 from .errors import Diverged, MislasError, RecordError, UnknownName
 from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
@@ -263,7 +263,7 @@ def run(
 def _train(
     configs: list[RunConfig], store: Store, data_root: str | os.PathLike | None, options: Options, download: bool
 ) -> None:
-    datasets: dict[str, Dataset | ListDataset] = {}
+    datasets: dict[str, LongTailed] = {}
     for groups in distributed.agree(lambda: side_by_side(plan(configs, store), options.together)):
         with claimed(groups, store, options):
             groups = distributed.agree(lambda groups=groups: [group for group in groups if not _done(group, store)])
@@ -348,7 +348,7 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
                     path.unlink()
 
 
-def _along_the_way(data: Dataset | ListDataset, test: Images | ImageBatches) -> Callable:
+def _along_the_way(data: LongTailed, test: Images | ImageBatches) -> Callable:
     def evaluate(network: nn.Module, heads: Sequence[nn.Module]) -> list[dict[str, float]]:
         correct = [logits.argmax(1) == data.test_targets for logits in predict(network, heads, test)]
         return [{"test_accuracy": round(float(c.double().mean()), 4)} for c in correct]
@@ -356,9 +356,7 @@ def _along_the_way(data: Dataset | ListDataset, test: Images | ImageBatches) -> 
     return evaluate
 
 
-def _run_together(
-    configs: list[RunConfig], datasets: dict[str, Dataset | ListDataset], store: Store, options: Options
-) -> None:
+def _run_together(configs: list[RunConfig], datasets: dict[str, LongTailed], store: Store, options: Options) -> None:
     """Train Stage-1 runs at once. Each has its own checkpoint and is stored as it ends."""
     tests = {key: plain_images(data, options) for key, data in datasets.items()}
     parts = [(config, datasets[config.data_title], tests[config.data_title]) for config in configs]
@@ -373,7 +371,7 @@ def _run_together(
 
 def _run_group(
     group: list[RunConfig],
-    data: Dataset | ListDataset,
+    data: LongTailed,
     store: Store,
     data_root: str | os.PathLike | None,
     options: Options,
@@ -399,7 +397,7 @@ def _run_group(
 def finish(
     group: list[RunConfig],
     trained: Trained,
-    data: Dataset | ListDataset,
+    data: LongTailed,
     test: Images | ImageBatches,
     store: Store,
     options: Options,
@@ -442,7 +440,7 @@ def batch_norm_statistics(network: nn.Module) -> dict[str, np.ndarray]:
     }
 
 
-def provenance(data: Dataset | ListDataset, options: Options, seconds: float) -> dict[str, Any]:
+def provenance(data: LongTailed, options: Options, seconds: float) -> dict[str, Any]:
     """Where, when and with what a run was made."""
     device = options.torch_device()
     return {

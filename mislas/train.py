@@ -24,7 +24,7 @@ from tqdm import tqdm
 from . import distributed
 from .augment import Images, cutmix, mixup, remix_weight
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
-from .data import Dataset, write_atomically
+from .data import Dataset, LongTailed, write_atomically
 from .errors import Diverged, MislasError, RecordError
 from .experts import Experts, of_group
 from .lists import ListDataset
@@ -272,7 +272,7 @@ class ListBatches:
 
 
 def batches_of(
-    data: Dataset | ListDataset, stage: Stage1 | Stage2, stage_name: str, seed: int, options: Options
+    data: LongTailed, stage: Stage1 | Stage2, stage_name: str, seed: int, options: Options
 ) -> Batches | ListBatches:
     """The epochs of a stage over a dataset, on the device that the options say.
 
@@ -285,7 +285,7 @@ def batches_of(
     return Batches(data, stage, stage_name, seed, options.torch_device())
 
 
-def plain_images(data: Dataset | ListDataset, options: Options, which: Tensor | None = None) -> Images | ImageBatches:
+def plain_images(data: LongTailed, options: Options, which: Tensor | None = None) -> Images | ImageBatches:
     """A dataset's images without augmentation, as :func:`mislas.evaluate.predict` takes them.
 
     Args:
@@ -302,7 +302,7 @@ def plain_images(data: Dataset | ListDataset, options: Options, which: Tensor | 
     return Images(images, data.spec.mean, data.spec.std, padding=0, device=device)
 
 
-def training_part(config: RunConfig, data: Dataset | ListDataset) -> Dataset | ListDataset:
+def training_part(config: RunConfig, data: LongTailed) -> LongTailed:
     """What a run trains on: all of a dataset, or what Stage-1 did not hold out."""
     return data if config.stage1.holdout is None else data.hold_out(config.stage1.holdout)[0]
 
@@ -376,7 +376,7 @@ def alone(run: Run) -> Trained:
 
 def train_stage1(
     config: RunConfig,
-    data: Dataset | ListDataset,
+    data: LongTailed,
     options: Options,
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,
@@ -399,7 +399,7 @@ def train_stage1(
 
 def stage1_run(
     config: RunConfig,
-    data: Dataset | ListDataset,
+    data: LongTailed,
     options: Options,
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,
@@ -471,7 +471,7 @@ def stage1_run(
 def train_stage2(
     configs: Sequence[RunConfig],
     stage1: tuple[nn.Module, nn.Linear],
-    data: Dataset | ListDataset,
+    data: LongTailed,
     options: Options,
     checkpoint: Path | None = None,
     evaluate: Callable | None = None,

@@ -6,7 +6,10 @@ what a slice has made, finished or under way, is packed into one archive and mer
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
+import json
 import re
 import tarfile
 import time
@@ -18,11 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
 
 from . import paper
 from .config import Adjustment, RunConfig
 from .data import LISTS, dataset_name, spec_of, training_images, write_atomically
 from .errors import MislasError, RecordError
+from .evaluate import BINS, reliability
 from .methods import SETTINGS, configure
 from .runs import Record, Store, plan, read_record, run
 from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows, authors_variants, balanced
@@ -222,111 +228,209 @@ def campaign(
 
 # ------------------------------------------------------------------------------------------------- pack and merge
 
-_MEMBER = re.compile(r"[\w.-]+/[\w.-]+\.(json|npz|safetensors|ckpt)")
+_MEMBER = re.compile(r"\w[\w.-]*/\w[\w.-]*\.(json|npz|safetensors|ckpt)")
+_SUFFIXES = (".npz", ".safetensors", ".json")  # records last: what has one is complete
+
+Members = dict[str, bytes]  #: Files, by their path in a store.
+Checkpoint = tuple[list[str], int]  #: Identities of the runs that train together, and their epoch.
 
 
-def files(store: Store) -> set[Path]:
-    """Every file of a store, relative to its root."""
-    return {path.relative_to(store.root) for path in store.root.glob("*/*") if _MEMBER.fullmatch(_member(store, path))}
+def pack(configs: Iterable[RunConfig], store: Store, archive: Path) -> int:
+    """Bring an archive up to date: all files of the runs that a campaign asks for and of those that they build on, as
+    far as the store has them, and every checkpoint.
 
+    What the store had before the campaign is packed, too. So nothing has to be remembered, and what a campaign left
+    when it was killed is packed when it starts again. An archive never loses a run: those that it has stay as they
+    are, of two checkpoints of the same runs it keeps the one further on, and only those of finished runs go.
 
-def _member(store: Store, path: Path) -> str:
-    return path.relative_to(store.root).as_posix()
+    Args:
+        configs: what the campaign asks for.
+        archive: the tar. It is written each time, so that a call before anything trains shows whether it can be.
 
+    Returns:
+        How many files the archive has now.
 
-def pack(store: Store, archive: Path, before: set[Path] = frozenset()) -> int:
-    """Write the files that were not there ``before``, and every checkpoint, into a tar. Returns their number."""
-    chosen = sorted(path for path in files(store) if path not in before or path.suffix == ".ckpt")
+    Raises:
+        RecordError: the archive is there and is damaged or something else, or the store is damaged.
+        OSError: the archive cannot be written; it is as it was.
+    """
+    kept = _read_archive(archive) if archive.exists() else {}
+    found: Members = {}
+    for path in store.under_way():  # before the runs, of which another process may finish one meanwhile
+        with contextlib.suppress(FileNotFoundError):
+            found[path.relative_to(store.root).as_posix()] = path.read_bytes()
+    for config in {c.id: c for asked in configs for c in (asked, asked.stage1_only, *asked.experts)}.values():
+        record = store.get(config)
+        paths = [store.find(config, suffix) for suffix in _SUFFIXES] if record else []
+        found |= {_name(record.config, path.suffix): path.read_bytes() for path in paths if path.exists()}
+    old_records, old = _check(kept, archive)
+    new_records, new = _check(found, store.root)
+    further = {name: found[name] for name, (_, epoch) in new.items() if name in old and epoch > old[name][1]}
+    members = found | kept | further
+    finished = _finished([*old_records.values(), *new_records.values()], members)
+    for name, (runs, _) in (old | new).items():
+        if finished.issuperset(runs):
+            del members[name]
 
     def write(handle: io.BufferedWriter) -> None:
         with tarfile.open(fileobj=handle, mode="w") as tar:
-            for path in chosen:
-                tar.add(store.root / path, arcname=path.as_posix())
+            for name, data in sorted(members.items()):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
 
     write_atomically(archive, write)
-    return len(chosen)
+    return len(members)
 
 
 def merge(archive: Path, store: Store) -> list[Record]:
     """Add what an archive holds to a store. All of it is checked first: one flaw, and nothing is added.
 
-    A run that is there already stays as it is, and must agree in configuration and measures. Of two checkpoints of the
-    same runs the one further on is kept.
+    A run that is there already stays as it is, and must agree in configuration and measures; it gets what it lacks,
+    such as weights. Of two checkpoints of the same runs the one further on is kept; those of finished runs are passed
+    over.
 
     Returns:
         The records added.
 
     Raises:
-        RecordError: damage, a member that does not belong in a store, or a conflict.
+        RecordError: damage, in the archive or in what the store has of its runs; a member that does not belong in a
+            store; measures that do not follow from the predictions; or a conflict.
     """
-    content = _read_archive(archive)
-    incoming = Store(Path("archive"))
-    runs: dict[str, Record] = {}
-    for name, data in content.items():
-        if name.endswith(".json"):
-            record = read_record(incoming.root / name, data.decode(errors="replace"))
-            runs[name.removesuffix(".json")] = record
-            if f"{name.removesuffix('.json')}.npz" not in content:
-                raise RecordError(f"{archive}: {name} comes without its .npz; pack it again")
-    for name, data in content.items():
-        stem, _, suffix = name.rpartition(".")
-        if suffix == "npz" and stem not in runs:
-            raise RecordError(f"{archive}: {name} comes without its record; pack it again")
-        if suffix == "npz":
-            _check_arrays(f"{archive}: {name}", data, runs[stem])
-    added = []
-    for stem, record in runs.items():
+    members = _read_archive(archive)
+    records, checkpoints = _check(members, archive)
+    writes = []
+    for stem, record in records.items():
         existing = store.get(record.config)
-        if existing is None:
-            added.append(stem)
-        elif existing.metrics != record.metrics:
+        if existing is not None and existing.metrics != record.metrics:
             raise RecordError(
                 f"{archive}: run {record.config.id} is in the store with other measures; keep one: delete "
                 f"{existing.path} to take the archive's, or leave the archive alone"
             )
-    for name, data in content.items():  # weights and arrays before records: what has a record is complete
+        lacks = [s for s in _SUFFIXES if existing is None or not store.find(record.config, s).exists()]
+        writes += [stem + suffix for suffix in lacks if stem + suffix in members]
+    there = [path for runs, _ in checkpoints.values() for run in runs for path in store.root.glob(f"*/*-{run}.*")]
+    known = [read_record(path) for path in there if path.suffix == ".json"]
+    finished = _finished([*records.values(), *known], [*members, *map(str, there)])
+    for name, (runs, epoch) in checkpoints.items():
+        path = store.root / name
+        stored = _read_checkpoint(path.read_bytes(), path)[1] if path.exists() else -1
+        if epoch > stored and not finished.issuperset(runs):
+            writes.append(name)
+    for name in writes:
+        write_atomically(store.root / name, lambda handle, name=name: handle.write(members[name]))
+    return [read_record(store.root / name) for name in writes if name.endswith(".json")]
+
+
+def _name(config: RunConfig, suffix: str) -> str:
+    return Store("").path(config, suffix).as_posix()
+
+
+def _read_archive(archive: Path) -> Members:
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            return {member.name: tar.extractfile(member).read() if member.isfile() else b"" for member in tar}
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise RecordError(f"{archive} cannot be read ({error}); copy it again, or name another file") from error
+
+
+def _check(members: Members, where: Path) -> tuple[dict[str, Record], dict[str, Checkpoint]]:
+    """Check files of a store, each by itself and against the rest of its run.
+
+    Returns:
+        The records by name without ending, and the checkpoints by name.
+
+    Raises:
+        RecordError: a file is damaged, has a name that a store would not give it, or does not fit its run; or its run
+            is not whole.
+    """
+    records: dict[str, Record] = {}
+    for name, data in members.items():
+        if not _MEMBER.fullmatch(name):
+            raise RecordError(f"{where}: {name!r} does not belong in a store; take it out")
+        if name.endswith(".json"):
+            record = read_record(where / name, data.decode(errors="replace"))
+            if name != _name(record.config, ".json"):
+                raise RecordError(f"{where}: {name} does not belong there, but at {_name(record.config, '.json')}")
+            records[name.removesuffix(".json")] = record
+    checkpoints: dict[str, Checkpoint] = {}
+    for name, data in members.items():
         stem, _, suffix = name.rpartition(".")
-        target = store.root / name
-        if (
-            (suffix == "safetensors" and not target.exists())
-            or (suffix == "npz" and stem in added)
-            or (suffix == "ckpt" and _epoch(data, f"{archive}: {name}") > _stored_epoch(target))
-        ):
-            write_atomically(target, lambda handle, data=data: handle.write(data))
-    for stem in added:
-        write_atomically(store.root / f"{stem}.json", lambda handle, s=stem: handle.write(content[f"{s}.json"]))
-    return [read_record(store.root / f"{stem}.json") for stem in added]
+        if suffix == "ckpt":
+            checkpoints[name] = _read_checkpoint(data, where / name)
+        elif stem not in records:
+            raise RecordError(f"{where}: {name} comes without its record; restore that, or take this out")
+        elif suffix == "json" and f"{stem}.npz" not in members:
+            raise RecordError(f"{where}: {name} comes without its .npz; restore that, or take this out")
+        elif suffix == "npz":
+            _check_measures(records[stem], data, where / name)
+        elif suffix == "safetensors":
+            read_weights(data, records[stem].config.id, where / name)
+    return records, checkpoints
 
 
-def _read_archive(archive: Path) -> dict[str, bytes]:
-    content = {}
+def _check_measures(record: Record, data: bytes, path: Path) -> None:
+    """Hold a record's measures against its ``.npz``, every array of which must be whole."""
     try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                if not member.isfile() or not _MEMBER.fullmatch(member.name) or member.name.startswith("."):
-                    raise RecordError(f"{archive}: {member.name!r} does not belong in a store")
-                content[member.name] = tar.extractfile(member).read()
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise RecordError(f"{archive} cannot be read ({error}); copy or pack it again") from error
-    return content
-
-
-def _check_arrays(name: str, data: bytes, record: Record) -> None:
-    try:
-        with np.load(io.BytesIO(data)) as arrays:
-            accuracy = float((arrays["target"] == arrays["predicted"]).mean())
+        with np.load(io.BytesIO(data)) as stored:
+            arrays = {key: stored[key] for key in stored.files}
+        names = ("target", "predicted", "confidence", "true_probability")
+        target, predicted, confidence, _ = np.stack([arrays[name] for name in names])
+        ece = reliability(confidence / 65535, predicted == target).ece
     except Exception as error:
-        raise RecordError(f"{name} is damaged ({type(error).__name__}); copy or pack it again") from error
-    if abs(accuracy - record.metrics["accuracy"]) > 1e-5:
-        raise RecordError(f"{name} gives accuracy {accuracy:.4f}, its record says {record.metrics['accuracy']:.4f}")
+        raise RecordError(f"{path} is damaged ({type(error).__name__}); restore it, or take its run out") from error
+    # Rounding to steps of 1 / 65535 may have moved those at the edge of two bins: each adds up to 1 / N to both gaps.
+    moved = (confidence % (65535 // BINS) == 0) & (confidence < 65535)
+    for name, value, within in (
+        ("accuracy", np.mean(predicted == target), 1e-5),
+        ("ece", ece, 1e-5 + 2 * np.mean(moved)),
+    ):
+        said = record.metrics.get(name) if isinstance(record.metrics, dict) else None
+        if not isinstance(said, int | float) or not abs(said - value) <= within:  # NaN is not within anything
+            raise RecordError(f"{path} gives {name} {value:.4f}, its record says {said}; restore both or take both out")
 
 
-def _epoch(data: bytes, name: str) -> int:
+def read_weights(content: bytes, run: str, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file.
+
+    Args:
+        content: what is in the file.
+        run: identity of the run whose weights they must be.
+        path: the file, for messages.
+
+    Raises:
+        RecordError: the file is damaged, or has the weights of another run.
+    """
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)["epoch"]
+        tensors = load_safetensors(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise RecordError(
+            f"{path} is damaged ({type(error).__name__}); restore it, or delete it and train Stage-1 again"
+        ) from error
+    owner = header.get("__metadata__", {}).get("run", "unknown")
+    if owner != run:
+        raise RecordError(
+            f"{path} has the weights of run {owner}, not of {run}; restore it, or delete it and train Stage-1 again"
+        )
+    return tensors
+
+
+def _read_checkpoint(data: bytes, path: Path) -> Checkpoint:
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        runs, epoch = content["runs"], int(content["epoch"])
+        own = runs[0] if len(runs) == 1 else hashlib.sha256("".join(runs).encode()).hexdigest()[:12]
     except Exception as error:
-        raise RecordError(f"{name} is damaged ({type(error).__name__}); copy or pack it again") from error
+        raise RecordError(
+            f"{path} is damaged ({type(error).__name__}); restore it, or delete it to start its runs afresh"
+        ) from error
+    if not path.stem.endswith(f"-{own}"):  # see Store.checkpoint
+        raise RecordError(f"{path} does not belong there; it is the checkpoint of {', '.join(runs)}")
+    return runs, epoch
 
 
-def _stored_epoch(path: Path) -> int:
-    return _epoch(path.read_bytes(), str(path)) if path.exists() else -1
+def _finished(records: Iterable[Record], names: Iterable[str]) -> set[str]:
+    """Identities of the runs that need no checkpoint: they have a record and, those of Stage-1, weights by name."""
+    weights = {Path(name).stem.rpartition("-")[2] for name in names if name.endswith(".safetensors")}
+    return {r.config.id for r in records if r.config.stage2 is not None or r.config.id in weights}

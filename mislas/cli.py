@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, cluster, distributed
-from .campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
+from .campaign import campaign, images_per_second, jobs, merge, pack, parse_budget, wanted
 from .config import RunConfig, field_names, takes_text
 from .data import LISTS, SPECS, load
 from .errors import MislasError, RecordError
@@ -220,7 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     push.add_argument("--budget", metavar="TIME", help="stop, checkpointed, before this time is over: 90s, 9m, 1.5h")
     push.add_argument(
-        "--pack", metavar="FILE", help="at the end, pack what is new (and every checkpoint) into this tar"
+        "--pack",
+        metavar="FILE",
+        help="pack what the store has of all this, and every checkpoint, into this tar; it is added to if it is there",
     )
     push.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
     push.set_defaults(call=_campaign)
@@ -373,15 +375,17 @@ def _campaign(arguments: argparse.Namespace) -> None:
         )
     if arguments.dry_run:
         return
-    before = files(store)
+    packs = arguments.pack and distributed.rank() == 0
+    if packs:  # what was left if the last start was killed; and better an error now than after training
+        pack(configs, store, Path(arguments.pack))
     try:
         done = campaign(configs, store, arguments.data_root, options, budget)
         have = sum(store.get(config) is not None for config in configs)
         more = "" if done else "; out of time, the same command goes on"
         print(f"{have} of {len(configs)} runs are in the store{more}")
     finally:  # what was made until then is packed, too, if a run diverges or somebody stops it
-        if arguments.pack and distributed.rank() == 0:
-            print(f"{pack(store, Path(arguments.pack), before)} files packed into {arguments.pack}")
+        if packs:
+            print(f"{pack(configs, store, Path(arguments.pack))} files packed into {arguments.pack}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -1,11 +1,16 @@
 import io
+import json
 import shutil
 import tarfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save as save_safetensors
 
-from mislas.campaign import campaign, files, images_per_second, jobs, merge, pack, parse_budget, wanted
+from mislas.campaign import campaign, images_per_second, jobs, merge, pack, parse_budget, wanted
+from mislas.cli import main
 from mislas.errors import MislasError, RecordError
 from mislas.methods import configure
 from mislas.runs import Store, run
@@ -72,75 +77,271 @@ def test_bad_budget(text):
         parse_budget(text)
 
 
+def files(store):
+    return {path.relative_to(store.root).as_posix(): path.read_bytes() for path in store.root.glob("*/*")}
+
+
+def members(archive):
+    with tarfile.open(archive) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+def write(archive, content):
+    with tarfile.open(archive, "w") as tar:
+        for name, data in content.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return archive
+
+
+def suffixes(names):
+    return sorted(name.rpartition(".")[2] for name in names)
+
+
+def checkpoint(path, runs, epoch):
+    """What :func:`pack` and :func:`merge` look at in a checkpoint."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"runs": runs, "epoch": epoch}, path)
+    return path.read_bytes()
+
+
 def test_slices_give_the_same_runs_as_no_interruption(full, tmp_path):
     """Every slice runs on a fresh store and passes its archive on, as on machines that start bare."""
-    archive = None
+    archive = tmp_path / "a.tar"
     for slice_ in range(10):
         store = Store(tmp_path / f"slice{slice_}")
-        if archive is not None:
+        if archive.exists():
             merge(archive, store)
-        before = files(store)
         done = campaign(configs(), store, None, replace(OPTIONS, eval_every=10), budget=0.01)
-        new = tmp_path / f"{slice_}.tar"
-        pack(store, new, before)
-        if archive is not None:  # archives add up
-            merge(archive, store)
-            pack(store, new)
-        archive = new
+        pack(configs(), store, archive)
         if done:
             break
     assert done
     assert slice_ >= 2
+    assert suffixes(members(archive)) == ["json", "json", "npz", "npz", "safetensors"]
     for config in configs():
         assert store.get(config).metrics == full.get(config).metrics
 
 
+def test_an_archive_has_every_run_whole_with_the_stage_1_that_it_builds_on(full, tmp_path):
+    archive = tmp_path / "a.tar"
+    assert pack(configs()[1:], full, archive) == 5
+    assert members(archive) == files(full)
+    assert pack([], full, tmp_path / "none.tar") == 0
+
+
+def test_what_a_killed_start_left_is_packed_by_the_next(full, tmp_path):
+    archive, store, other = tmp_path / "a.tar", Store(tmp_path / "store"), Store(tmp_path / "other")
+    assert pack(configs(), store, archive) == 0
+    shutil.copytree(full.root, store.root)  # trained, then killed before it was packed
+    assert pack(configs(), store, archive) == 5
+    assert len(merge(archive, other)) == 2
+
+
+def test_an_archive_keeps_what_a_later_store_lacks(full, tmp_path):
+    archive = tmp_path / "a.tar"
+    pack(configs(), full, archive)
+    before = members(archive)
+    assert pack(configs(), Store(tmp_path / "empty"), archive) == 5
+    assert members(archive) == before
+
+
+def test_an_archive_has_the_checkpoint_further_on_and_none_of_a_finished_run(full, tmp_path):
+    ce, archive, store = configs()[0], tmp_path / "a.tar", Store(tmp_path / "store")
+    path = store.checkpoint([ce])
+    name = path.relative_to(store.root).as_posix()
+    for epoch, kept in ((2, 2), (1, 2), (3, 3)):
+        checkpoint(path, [ce.id], epoch)
+        pack([ce], store, archive)
+        (content,) = members(archive).values()
+        assert torch.load(io.BytesIO(content))["epoch"] == kept
+    path.unlink()
+    assert pack([ce], store, archive) == 1
+    assert pack([ce], full, archive) == 3
+    assert name not in members(archive)
+
+
+@pytest.mark.parametrize("content", [b"", b"my notes"])
+def test_a_file_that_is_no_archive_is_left_alone(tmp_path, content):
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(RecordError, match=r"cannot be read .*name another file"):
+        pack(configs(), Store(tmp_path / "store"), path)
+    assert path.read_bytes() == content
+
+
+def test_an_archive_that_cannot_be_written_is_told_before_anything_trains(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mislas.cli.campaign", None)
+    (tmp_path / "file").touch()
+    command = ["campaign", "--dataset", "digits", "--imbalance", "10", "--results-root", str(tmp_path / "results")]
+    assert main([*command, "--pack", str(tmp_path / "file" / "a.tar")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "file") in line
+
+
 def test_merge_adds_what_is_new_and_leaves_what_is_there(full, tmp_path):
     archive, store = tmp_path / "a.tar", Store(tmp_path / "store")
-    assert pack(full, archive) == len(files(full)) == 5
+    pack(configs(), full, archive)
     assert [record.config.method for record in merge(archive, store)] == ["ce", "lws"]
     assert files(store) == files(full)
-    assert all((store.root / p).read_bytes() == (full.root / p).read_bytes() for p in files(full))
     assert merge(archive, store) == []
+    store.find(configs()[0], ".safetensors").unlink()
+    assert merge(archive, store) == []
+    assert files(store) == files(full)
 
 
-def rewrite(archive, target, change):
-    with tarfile.open(archive) as old, tarfile.open(target, "w") as new:
-        for member in old:
-            name, data = change(member.name, old.extractfile(member).read())
-            if name is not None:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                new.addfile(info, io.BytesIO(data))
-    return target
+def test_merge_passes_over_the_checkpoints_of_finished_runs(full, tmp_path):
+    (ce, lws), store = configs(), Store(tmp_path / "store")
+    shutil.copytree(full.root, store.root)
+    content = {}
+    for group in ([ce], [lws], [lws, replace(lws, seed=1)]):
+        path = Store(tmp_path / "other").checkpoint(group)
+        content[f"digits-if10/{path.name}"] = checkpoint(path, [config.id for config in group], 1)
+    archive = write(tmp_path / "a.tar", content)
+    merge(archive, store)
+    assert store.under_way() == [store.checkpoint([lws, replace(lws, seed=1)])]
+    store.find(ce, ".safetensors").unlink()  # now CE trains again, for its weights
+    merge(archive, store)
+    assert store.checkpoint([ce]) in store.under_way()
+    assert store.checkpoint([lws]) not in store.under_way()
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def without(key):
+    def change(data):
+        arrays = dict(np.load(io.BytesIO(data)))
+        del arrays[key]
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        return buffer.getvalue()
+
+    return change
+
+
+def measure(key, value):
+    def change(data):
+        record = json.loads(data)
+        record["metrics"][key] = value
+        return json.dumps(record).encode()
+
+    return change
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("suffix", "change", "message"),
     [
-        (lambda n, d: (n, d[: len(d) // 2]) if n.endswith(".json") else (n, d), "cannot be read"),
-        (lambda n, d: (n, d[: len(d) // 2]) if n.endswith(".npz") else (n, d), "damaged"),
-        (lambda n, d: (None, b"") if n.endswith(".npz") else (n, d), "without its .npz"),
-        (lambda n, d: (None, b"") if n.endswith(".json") else (n, d), "without its record"),
-        (lambda n, d: ("../../evil.json", d) if n.endswith(".json") else (n, d), "does not belong"),
-        (lambda n, d: (n, d.replace(b'"seed": 0', b'"seed": 7')) if n.endswith(".json") else (n, d), "was changed"),
+        ("json", cut, "cannot be read"),
+        ("npz", cut, "damaged"),
+        ("safetensors", cut, "damaged"),
+        ("safetensors", lambda data: b"", "damaged"),
+        ("safetensors", lambda data: save_safetensors({"a": torch.zeros(1)}, {"run": "another"}), "of run another"),
+        ("safetensors", lambda data: save_safetensors({"a": torch.zeros(1)}), "of run unknown"),
+        ("npz", None, r"without its \.npz"),
+        ("json", None, "without its record"),
+        ("json", lambda data: data.replace(b'"seed": 0', b'"seed": 7'), "was changed"),
+        ("json", lambda data: json.dumps(json.loads(data) | {"metrics": None}).encode(), "cannot be read|says None"),
+        ("json", lambda data: data.replace(b'"accuracy": ', b'"accurate": '), "cannot be read|says None"),
+        ("json", measure("accuracy", None), "its record says None"),
+        ("json", measure("ece", "0.1"), r"its record says 0\.1"),
+        ("json", measure("ece", float("nan")), "its record says nan"),
+        ("json", measure("accuracy", 0.123), r"gives accuracy .* says 0\.123"),
+        ("json", measure("ece", 0.987), r"gives ece .* says 0\.987"),
+        ("npz", without("confidence"), "damaged"),
+        ("npz", without("true_probability"), "damaged"),
     ],
-    ids=["record cut short", "arrays cut short", "no arrays", "no record", "path outside", "record edited"],
 )
-def test_merge_refuses_damage_and_adds_nothing(full, tmp_path, change, message):
-    good = tmp_path / "good.tar"
-    pack(full, good)
-    bad = rewrite(good, tmp_path / "bad.tar", change)
+def test_merge_refuses_damage_and_adds_nothing(full, tmp_path, suffix, change, message):
+    content = {}
+    for name, data in files(full).items():
+        if not name.endswith(suffix):
+            content[name] = data
+        elif change is not None:
+            content[name] = change(data)
     store = Store(tmp_path / "store")
     with pytest.raises(RecordError, match=message) as caught:
-        merge(bad, store)
+        merge(write(tmp_path / "bad.tar", content), store)
     assert "\n" not in str(caught.value)
     assert not store.root.exists()
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["../../evil.json", "../evil.json", ".hidden/evil.json", "evil.json", "a/b/evil.json", "a/evil.txt"],
+)
+def test_merge_refuses_what_does_not_belong_in_a_store(full, tmp_path, name):
+    archive = write(tmp_path / "bad.tar", {**files(full), name: b"{}"})
+    with pytest.raises(RecordError, match="does not belong in a store"):
+        merge(archive, Store(tmp_path / "store"))
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+@pytest.mark.parametrize(("old", "new"), [("digits-if10/", "digits-if50/"), ("/ce-s0", "/ce-s1"), ("/ce-", "/mixup-")])
+def test_merge_refuses_a_run_under_another_name(full, tmp_path, old, new):
+    archive = write(tmp_path / "bad.tar", {name.replace(old, new): data for name, data in files(full).items()})
+    with pytest.raises(RecordError, match="does not belong there, but at digits-if10/"):
+        merge(archive, Store(tmp_path / "store"))
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+@pytest.mark.parametrize("where", ["archive", "store"])
+def test_merge_refuses_a_damaged_checkpoint_before_it_adds_a_run(full, tmp_path, where):
+    mixup, store = configure("digits", "mixup", 10), Store(tmp_path / "store")
+    path = store.checkpoint([mixup])
+    content = files(full) | {path.relative_to(store.root).as_posix(): checkpoint(path, [mixup.id], 1)}
+    if where == "archive":
+        content = {name: b"garbage" if name.endswith("ckpt") else data for name, data in content.items()}
+    else:
+        path.write_bytes(b"garbage")
+    before = files(store)
+    with pytest.raises(RecordError, match=r"ckpt is damaged .*restore it, or delete it"):
+        merge(write(tmp_path / "a.tar", content), store)
+    assert files(store) == before
+
+
+def test_merge_refuses_the_checkpoint_of_other_runs(tmp_path):
+    ce, lws = configs()
+    for group in ([ce], [ce, lws]):
+        name = f"digits-if10/{Store().checkpoint(group).name}"
+        archive = write(tmp_path / "a.tar", {name: checkpoint(tmp_path / "other.ckpt", [lws.id], 1)})
+        with pytest.raises(RecordError, match=f"it is the checkpoint of {lws.id}"):
+            merge(archive, Store(tmp_path / "store"))
+
+
+def put(store, confidence, right, ece):
+    """A run with these predictions and this ECE in its record."""
+    target, lws = np.zeros(len(right), np.uint8), configs()[1]
+    arrays = {
+        "target": target,
+        "predicted": np.where(right, 0, 1).astype(np.uint8),
+        "confidence": np.rint(np.array(confidence) * 65535).astype(np.uint16),
+        "true_probability": np.zeros(len(right), np.uint16),
+    }
+    source = dict.fromkeys(("date", "commit", "device", "torch", "data", "data_checksum"), "made up")
+    store.put(lws, {"accuracy": float(np.mean(right)), "ece": ece}, [], arrays, source)
+    return write(store.root.with_suffix(".tar"), files(store))
+
+
+def test_merge_works_out_the_ece(tmp_path):
+    """Bin (0.4, 0.467]: 0.45 sure, half of them right; bin (0.933, 1]: all sure, all right. ECE = 0.05 / 2."""
+    confidence, right = [0.45, 0.45, 1, 1], [1, 0, 1, 1]
+    assert len(merge(put(Store(tmp_path / "right"), confidence, right, 0.025), Store(tmp_path / "store"))) == 1
+    with pytest.raises(RecordError, match=r"gives ece 0\.0250, its record says 0\.026"):
+        merge(put(Store(tmp_path / "wrong"), confidence, right, 0.026), Store(tmp_path / "other"))
+
+
+def test_merge_allows_for_a_confidence_that_rounding_moved_into_the_bin_below(tmp_path):
+    """0.200001 is above the edge at 0.2, but not once it is rounded. With it apart ECE = (0.8 + 0.15) / 2."""
+    archive = put(Store(tmp_path / "made"), [0.200001, 0.15], [1, 0], 0.475)
+    assert len(merge(archive, Store(tmp_path / "store"))) == 1
+
+
 def test_merge_refuses_an_archive_cut_short(full, tmp_path):
     archive = tmp_path / "a.tar"
-    pack(full, archive)
+    pack(configs(), full, archive)
     archive.write_bytes(archive.read_bytes()[:3000])
     with pytest.raises(RecordError):
         merge(archive, Store(tmp_path / "store"))
@@ -148,14 +349,13 @@ def test_merge_refuses_an_archive_cut_short(full, tmp_path):
 
 
 def test_merge_refuses_a_run_that_the_store_has_with_other_measures(full, tmp_path):
-    archive = tmp_path / "a.tar"
-    pack(full, archive)
-    store = Store(tmp_path / "store")
+    archive, store = tmp_path / "a.tar", Store(tmp_path / "store")
+    pack(configs(), full, archive)
     shutil.copytree(full.root, store.root)
     path = store.get(configs()[0]).path
-    text = path.read_text()
-    accuracy = full.get(configs()[0]).metrics["accuracy"]
-    path.write_text(text.replace(f'"accuracy": {accuracy}', '"accuracy": 0.123'))
+    path.write_bytes(measure("accuracy", 0.123)(path.read_bytes()))
+    store.find(configs()[1]).unlink()
+    before = files(store)
     with pytest.raises(RecordError, match="other measures"):
         merge(archive, store)
-    assert "0.123" in path.read_text()
+    assert files(store) == before

@@ -335,8 +335,11 @@ def _submit(arguments: argparse.Namespace) -> None:
         return
     executor = cluster.executor(arguments.folder, resources, arguments.local)
     cluster.check_data(planned)
+    cluster.check_entries(planned)
     if arguments.local:
-        _print_ended(planned, cluster.run_here(planned, executor, options.progress, arguments.at_once, resources.gpus))
+        ended = cluster.run_here(planned, executor, options.progress, arguments.at_once, resources.gpus)
+        with cluster.stoppable(), contextlib.closing(ended):
+            _print_ended(planned, ended)
         return
     handles = cluster.submit(planned, executor)
     print("submitted:")

@@ -11,27 +11,34 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from . import distributed
 from .config import RunConfig
-from .data import available
+from .data import LISTS, SPECS, available
 from .errors import DataError, MislasError
+from .losses import LOSSES
+from .metric import METRICS
 from .runs import Store, run
+from .samplers import SAMPLERS
 from .together import check_together
 from .train import Options
 
 if TYPE_CHECKING:
     import submitit
 
+#: Where a script registers what a configuration calls by name. Methods and settings are in the configuration itself.
+REGISTRIES = {"SPECS": SPECS, "LISTS": LISTS, "LOSSES": LOSSES, "SAMPLERS": SAMPLERS, "METRICS": METRICS}
 TIMEOUTS = 20  # how often a job that reaches its time limit is queued again; preemptions do not count
 
 
@@ -91,6 +98,7 @@ class ClusterJob:
         tasks: processes that are started with this job and train together.
         threads: processors that each of them computes on; None is PyTorch's choice.
         gpus: names of the GPUs that it sees, such as ``"2,3"``; None is what submitit gives it.
+        entries: what the runs call by name, see :func:`entries_of`: the job's process has not run the user's script.
     """
 
     configs: tuple[RunConfig, ...]
@@ -100,10 +108,13 @@ class ClusterJob:
     tasks: int = 1
     threads: int | None = None
     gpus: str | None = None
+    entries: tuple[tuple[str, str, Any], ...] = ()
 
     def __call__(self) -> None:
         import submitit
 
+        for registry, name, entry in self.entries:
+            REGISTRIES[registry][name] = entry
         ignored = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")  # for this process, not for its workers
         os.register_at_fork(after_in_child=lambda: signal.signal(ignored, signal.SIG_IGN))
         if self.threads is not None:
@@ -165,8 +176,27 @@ def cluster_jobs(
             distributed.check_batch_size(getattr(stage, "batch_size", tasks), tasks)
     root = None if data_root is None else Path(data_root).resolve()
     return [
-        ClusterJob(tuple(group), store.root.resolve(), root, options, tasks) for group in independent(missing.values())
+        ClusterJob(tuple(group), store.root.resolve(), root, options, tasks, entries=entries_of(group))
+        for group in independent(missing.values())
     ]
+
+
+def entries_of(configs: Iterable[RunConfig]) -> tuple[tuple[str, str, Any], ...]:
+    """What runs call by name, be it the library's or a script's.
+
+    Returns:
+        Of each entry: its registry's name in :data:`REGISTRIES`, its own name there, and the entry.
+    """
+    named = set()
+    for config in configs:
+        parts = config.canonical()
+        named |= {config.dataset, *parts["stage1"].values(), *parts.get("stage2", {}).values()}
+    return tuple(
+        (registry, name, entry)
+        for registry, known in REGISTRIES.items()
+        for name, entry in known.items()
+        if name in named
+    )
 
 
 def executor(folder: str | Path, resources: Resources, local: bool = False) -> submitit.AutoExecutor:
@@ -216,6 +246,21 @@ def check_data(jobs: Sequence[ClusterJob]) -> None:
         if not available(name, job.data_root or os.devnull):
             where = "no --data-root is given" if job.data_root is None else f"they are not under {job.data_root}"
             raise DataError(f"jobs would look for the files of {name!r} in vain: {where}")
+
+
+def check_entries(jobs: Sequence[ClusterJob]) -> None:
+    """Raise :class:`MislasError` if something that a script registered cannot be sent to the process of a job."""
+    import cloudpickle  # submitit's
+
+    for job in jobs:
+        for registry, name, entry in job.entries:
+            try:
+                cloudpickle.dumps(entry)
+            except Exception as error:  # each kind of object has its own
+                raise MislasError(
+                    f"{name!r} of {registry} cannot be sent to a job ({_last_line(str(error))}); functions and plain "
+                    "data can: open files, make locks and the like where they are called"
+                ) from error
 
 
 def submit(jobs: Sequence[ClusterJob], executor: submitit.AutoExecutor) -> list[submitit.Job]:
@@ -298,6 +343,37 @@ def run_here(
             handle.cancel()
         for bar in bars:
             bar.close()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end what is inside as Ctrl-C does; else they end this process and leave its jobs running.
+
+    A signal that is handled or ignored already, as by ``nohup``, stays so. Only SIGINT is let in: it is ignored in what
+    a shell script starts in the background, and in all that this starts, but it is how submitit ends a job. Signals
+    belong to the main thread: nothing is done in others.
+
+    Raises:
+        SystemExit: such a signal came; the exit status is 128 + its number.
+    """
+
+    def stop(number: int, _: Any) -> None:
+        for each in before:  # once is enough: a second one must not stop the stopping
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    changes = {signal.SIGINT: (signal.SIG_IGN, signal.default_int_handler), signal.SIGTERM: (signal.SIG_DFL, stop)}
+    if hasattr(signal, "SIGHUP"):
+        changes[signal.SIGHUP] = (signal.SIG_DFL, stop)
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: old for number, (old, _) in changes.items() if here and signal.getsignal(number) == old}
+    try:
+        for number in before:
+            signal.signal(number, changes[number][1])
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _end_of(path: Path, length: int = 2000) -> str:

@@ -1,21 +1,55 @@
 """Jobs for a cluster: how a sweep is cut into them, that they run, and what the user is told."""
 
+import json
 import pickle
+import select
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from mislas import cluster
 from mislas.cli import main
 from mislas.cluster import ClusterJob, Resources, cluster_jobs, independent, share
 from mislas.errors import DataError, MislasError
+from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import configure
 from mislas.runs import Store
 from mislas.train import Options
 
-submitit = pytest.importorskip("submitit")
+submitit, cloudpickle = pytest.importorskip("submitit"), pytest.importorskip("cloudpickle")
+
+#: What a user's script registers. On the images of class 0, which the sampler draws alone, its losses sum up to 8.
+SCRIPT = """
+import sys, threading
+from mislas import METHODS, cli
+from mislas.data import SPECS
+from mislas.losses import LOSSES, LossSpec
+from mislas.methods import SETTINGS, Method
+from mislas.metric import METRICS
+from mislas.samplers import SAMPLERS
+
+def seven(class_counts):
+    return lambda logits, targets: 0 * logits.sum(dim=1) + targets + 7
+
+def first(rng, targets):
+    return 0 * rng.permutation(len(targets))
+
+LOSSES["seven"] = LossSpec(seven)
+METRICS["half"] = lambda features, targets: 0 * features.sum() + 0.5
+SAMPLERS["instance_balanced"] = first  # in place of the library's
+SPECS["mine"], SETTINGS["mine"] = SPECS["digits"], SETTINGS["digits"]
+METHODS["mine"] = Method("Mine", "", "", stage1={"loss": "seven", "metric": "half", "metric_weight": 2.0})
+LOSSES["another"] = LossSpec(threading.Lock())  # that of no run here: it need not travel, and could not
+if __name__ == "__main__":
+    sys.exit(cli.main())
+"""
 
 QUICK = {"epochs": 1, "stage2.epochs": 1}
 DIGITS = ["--dataset", "digits", "--imbalance", "10", "--set", "epochs=1", "--set", "stage2.epochs=1"]
@@ -28,6 +62,15 @@ def digits(method, seed=0, imbalance=10, **changes):
 def submit(*arguments, root):
     options = ["--results-root", str(root / "results"), "--folder", str(root / "jobs"), "--quiet", "--device", "cpu"]
     return main(["submit", *DIGITS, *map(str, arguments), *options])
+
+
+@pytest.fixture
+def default_signals():
+    """SIGTERM and SIGHUP do what they do by default, also where ``nohup`` runs the tests."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -105,6 +148,93 @@ def test_jobs_that_run_here_at_once_divide_the_threads(tmp_path, capsys, monkeyp
     records = list(Store(tmp_path / "results"))
     assert [record.config.seed for record in records] == [0, 1, 2]
     assert [record.provenance["threads"] for record in records] == [3, 3, 3]
+
+
+def test_a_job_knows_what_the_script_that_submits_it_has_registered(tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT)
+    asked = ["--dataset", "mine", "--imbalance", "10", "--method", "mine", "--set", "epochs=1", "--device", "cpu"]
+    command = [sys.executable, script, "submit", *asked, "--results-root", "results", "--local"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = (tmp_path / "results").glob("*/*.json")
+    assert [epoch["train_loss"] for epoch in json.loads(record.read_text())["history"]] == [8.0]
+
+    (sent,) = (tmp_path / "jobs").glob("*_submitted.pkl")
+    job = submitit.core.utils.DelayedSubmission.load(sent).function
+    again = pickle.loads(cloudpickle.dumps(job.checkpoint())).function  # as a job that has to stop is queued again
+    entries = {(registry, name): entry for registry, name, entry in again.entries}
+    names = {("SPECS", "mine"), ("LOSSES", "seven"), ("SAMPLERS", "instance_balanced"), ("METRICS", "half")}
+    assert entries.keys() == names
+    drawn = entries["SAMPLERS", "instance_balanced"](np.random.default_rng(0), np.array([0, 1, 1]))
+    assert drawn.tolist() == [0, 0, 0]
+
+
+def test_what_cannot_be_sent_to_a_job_is_one_line_before_any_starts(tmp_path, capsys, monkeypatch):
+    lock = threading.Lock()
+    monkeypatch.setitem(LOSSES, "locked", LossSpec(lambda class_counts: lock and cross_entropy))
+    assert submit("--method", "ce", "--set", "loss=locked", "--local", root=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mislas: 'locked' of LOSSES cannot be sent to a job (cannot pickle")
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "jobs").iterdir())
+
+
+def test_sigterm_ends_the_jobs_too(tmp_path):
+    """Even in the background of a shell script, where SIGINT is ignored, by which submitit ends a job."""
+    asked = [*DIGITS, "--method", "ce", "--set", "epochs=300", "--device", "cpu", "--results-root", "results"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "mislas.cli", "submit", *asked, "--local", "--quiet"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,  # the job's processes have it, too: it ends with the last of them
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    ) as process:
+        while process.poll() is None and not list((tmp_path / "results").glob("*/*.lock")):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 143
+        ended = select.poll()
+        ended.register(process.stdin, 0)  # no event but the pipe's end
+        assert ended.poll(20_000)
+    assert not list((tmp_path / "results").glob("*/*.json"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_signals_stop_what_is_inside_once_and_are_then_as_before(number, status, default_signals):
+    def jobs():
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # passed over: what ends the jobs is not cut short
+            ended.append(True)
+
+    ended = []
+    with pytest.raises(SystemExit) as stopped, cluster.stoppable():
+        jobs()
+    assert ended
+    assert stopped.value.code == status
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_signals_that_somebody_sees_to_are_let_be(default_signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with cluster.stoppable():
+        signal.raise_signal(signal.SIGHUP)
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_signals_are_let_be_outside_the_main_thread(default_signals):
+    def enter():
+        with cluster.stoppable():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    seen = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [signal.SIG_DFL]
 
 
 def test_jobs_that_are_left_before_they_end_are_stopped():

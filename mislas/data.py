@@ -25,7 +25,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -122,13 +122,18 @@ def dataset_name(name: str) -> str:
     """The canonical name of a dataset: a key of :data:`SPECS` or :data:`LISTS`.
 
     ``digits-lt`` and ``digits`` are one, since the imbalance factor is a parameter; ``places-lt`` is a name.
+
+    Args:
+        name: looked up as it is, then in lower case, then without ``-lt``.
+
+    Raises:
+        UnknownName: no dataset has that name.
     """
-    short = name.lower() if isinstance(name, str) else name
-    if isinstance(name, str) and short not in LISTS:
-        short = short.removesuffix("-lt")
-    if short not in SPECS and short not in LISTS:
-        unknown("dataset", name, [*SPECS, *LISTS])
-    return short
+    if isinstance(name, str):
+        for candidate in (name, name.lower(), name.lower().removesuffix("-lt")):
+            if candidate in SPECS or candidate in LISTS:
+                return candidate
+    unknown("dataset", name, [*SPECS, *LISTS])
 
 
 def spec_of(name: str) -> Spec | ListSpec:
@@ -139,9 +144,17 @@ def spec_of(name: str) -> Spec | ListSpec:
 def training_images(name: str, imbalance: float, n_max: int | None = None) -> int:
     """How many training images a dataset has, before any file is read; see :func:`load`."""
     spec = spec_of(name)
-    if isinstance(spec, ListSpec):
-        return spec.train
-    return sum(long_tailed_counts(spec.train_per_class if n_max is None else n_max, imbalance, spec.num_classes))
+    return spec.train if isinstance(spec, ListSpec) else sum(_counts(spec, imbalance, n_max))
+
+
+def smallest_class(name: str, imbalance: float, n_max: int | None = None) -> int:
+    """How many training images the rarest class of a dataset has, before any file is read; see :func:`load`."""
+    spec = spec_of(name)
+    return spec.smallest if isinstance(spec, ListSpec) else min(_counts(spec, imbalance, n_max))
+
+
+def _counts(spec: Spec, imbalance: float, n_max: int | None) -> tuple[int, ...]:
+    return long_tailed_counts(spec.train_per_class if n_max is None else n_max, imbalance, spec.num_classes)
 
 
 class LongTailed:
@@ -316,14 +329,14 @@ def load(
         data_root: folder with the files. ``cifar10``: torchvision's ``cifar-10-batches-py``, or the same images in
             CIFAR-10's binary version, ``cifar-10-batches-bin``; ``cifar100``: ``cifar-100-python``. Others of
             :data:`SPECS`: an image tree ``NAME/train/<class>/*`` and ``NAME/test/<class>/*``, a folder or
-            ``NAME.tar[.xz|.gz]``. Those of :data:`LISTS`: see :func:`mislas.lists.load_from`. ``digits`` and
-            ``generated`` need none.
+            ``NAME.tar[.xz|.gz]``; names that begin with a dot are passed over. Those of :data:`LISTS`: see
+            :func:`mislas.lists.load_from`. ``digits`` and ``generated`` need none.
         imbalance: IF = N_max / N_min >= 1; 1 is balanced. Lists are long-tailed as they are: no parameter there.
         n_max: training images of the largest class, at least 1; None keeps all that it has. Nor is this one of lists.
         download: fetch CIFAR-10/100 into ``data_root`` if missing; torchvision verifies the checksum.
 
     Raises:
-        DataError: missing or damaged files, or a class without images.
+        DataError: missing or damaged files, images that contradict the dataset's entry, or a class without images.
         MislasError: unknown name, or IF < 1.
     """
     name = dataset_name(name)
@@ -344,7 +357,7 @@ def load(
         else:
             splits = _torchvision(name, str(data_root), download)
     else:
-        splits = _tree(name, str(data_root))
+        splits = _tree(name, str(data_root), spec.size, spec.num_classes)
     (train_images, train_targets), (test_images, test_targets), class_names = splits
     index = long_tailed_indices(train_targets, imbalance, spec.num_classes, n_max)
     return Dataset(
@@ -439,10 +452,10 @@ def _binary(folder: Path) -> Splits:
 
 
 @lru_cache(maxsize=2)
-def _tree(name: str, data_root: str) -> Splits:
+def _tree(name: str, data_root: str, size: int, num_classes: int) -> Splits:
     """An image tree, decoded once and kept as plain arrays in the cache folder."""
     source, members, identity = _find_tree(name, Path(data_root))
-    cached = cache_dir() / f"{name}-{identity}.npz"
+    cached = cache_dir() / f"{name}-{identity}-2.npz"  # count up when what decode() takes or gives changes
     arrays = None
     if cached.exists():
         try:
@@ -450,8 +463,8 @@ def _tree(name: str, data_root: str) -> Splits:
                 arrays = {key: stored[key] for key in stored.files}
         except Exception:  # a cache cut short is only a cache: decode again
             arrays = None
-    if arrays is None:
-        arrays = _decode_tree(name, source, members)
+    if arrays is None or (arrays["train_images"].shape[1], len(arrays["class_names"])) != (size, num_classes):
+        arrays = _decode_tree(name, source, members, size, num_classes)  # says which image or class is not as expected
         try:
             write_atomically(cached, lambda handle: np.savez(handle, **arrays))
         except OSError as error:
@@ -487,7 +500,8 @@ def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple
     """The tree's place, a function that iterates over (member name, bytes), and an identity for the cache."""
     place = _find_place(name, root)
     if place.is_dir():
-        files = sorted(p for split in ("train", "test") for p in (place / split).glob("*/*") if p.is_file())
+        pattern = "[!.]*/[!.]*"
+        files = sorted(p for split in ("train", "test") for p in (place / split).glob(pattern) if p.is_file())
         listing = "\n".join(f"{p.relative_to(place)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
 
         def from_folder() -> Iterator[tuple[str, bytes]]:
@@ -499,8 +513,9 @@ def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple
     def from_archive() -> Iterator[tuple[str, bytes]]:  # members are read in memory; nothing is extracted to disk
         with tarfile.open(place) as tar:
             for member in tar:
-                if member.isfile():
-                    yield member.name.removeprefix("./"), tar.extractfile(member).read()
+                name = member.name.removeprefix("./")
+                if member.isfile() and "/." not in name:
+                    yield name, tar.extractfile(member).read()
         if place.suffix == ".tar":  # compression notices a cut; tarfile takes a plain tar that is cut for a shorter one
             with place.open("rb") as handle:
                 handle.seek(-min(1024, place.stat().st_size), os.SEEK_END)
@@ -511,8 +526,9 @@ def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple
         return place, from_archive, hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
-def _decode_tree(name: str, source: Path, members: Callable[[], Iterator[tuple[str, bytes]]]) -> dict[str, np.ndarray]:
-    size = SPECS[name].size
+def _decode_tree(
+    name: str, source: Path, members: Callable[[], Iterator[tuple[str, bytes]]], size: int, num_classes: int
+) -> dict[str, np.ndarray]:
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {"train": [], "test": []}
     member = None
     try:
@@ -520,20 +536,22 @@ def _decode_tree(name: str, source: Path, members: Callable[[], Iterator[tuple[s
             parts = member.split("/")
             if len(parts) != 3 or parts[0] not in found:
                 continue
-            pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+            pixels = decode(content, f"{source}: {member}")
             if pixels.shape != (size, size, 3):
                 raise DataError(f"{source}: {member} is {pixels.shape[1]}x{pixels.shape[0]} pixels, not {size}x{size}")
             found[parts[0]].append((parts[1], parts[2], pixels))
     except DataError:
         raise
+    except UnidentifiedImageError as error:
+        raise DataError(f"{source}: {member} is no image; move it away, or replace it if it should be one") from error
     except Exception as error:  # lzma, tarfile, zlib and Pillow each have their own
         reason = " ".join(str(error).split())
         raise DataError(
             f"{source} is damaged near {member or 'its beginning'} ({reason}); fetch the file again"
         ) from error
     names = sorted({label for label, _, _ in found["train"]})
-    if len(names) != SPECS[name].num_classes:
-        raise DataError(f"{source} has {len(names)} classes under train/; {name!r} has {SPECS[name].num_classes}")
+    if len(names) != num_classes:
+        raise DataError(f"{source} has {len(names)} classes under train/; {name!r} has {num_classes}")
     label_of = {label: k for k, label in enumerate(names)}
     arrays: dict[str, np.ndarray] = {"class_names": np.array(names)}
     for split, images in found.items():
@@ -544,6 +562,28 @@ def _decode_tree(name: str, source: Path, members: Callable[[], Iterator[tuple[s
         arrays[f"{split}_images"] = np.stack([pixels for _, _, pixels in images])
         arrays[f"{split}_targets"] = np.array([label_of[label] for label, _, _ in images], np.int64)
     return arrays
+
+
+#: Pillow's modes of at most 8 bits a channel that it turns into RGB; of 16-bit or float pixels it makes white or black.
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+
+
+def decode(content: bytes, name: str) -> np.ndarray:
+    """Decode an image with Pillow: uint8 ``(H, W, 3)``, RGB, as it is stored: an EXIF orientation turns nothing.
+
+    Args:
+        content: of the image's file.
+        name: of that file, for the error.
+
+    Raises:
+        DataError: a mode that is not in :data:`MODES`.
+        Exception: Pillow's own, of which there are many, for a file that is damaged or no image.
+    """
+    image = Image.open(io.BytesIO(content))
+    if image.mode not in MODES:
+        kind = "16-bit or float pixels" if image.mode[0] in "IF" else "pixels of a rare kind"
+        raise DataError(f"{name} has {kind} (Pillow's mode {image.mode}): convert to 8 bits first, grey or RGB")
+    return np.array(image.convert("RGB"))
 
 
 def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import lzma
 import os
 import tempfile
@@ -31,7 +30,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import LISTS, SPECS, LongTailed, cache_dir, groups, load, long_tailed_counts
+from .data import (
+    LISTS,
+    SPECS,
+    ListSpec,
+    LongTailed,
+    cache_dir,
+    dataset_name,
+    decode,
+    groups,
+    load,
+    long_tailed_counts,
+)
 from .errors import DataError, MislasError, unknown
 
 #: A file in an image root that says how its images differ from the original ones.
@@ -126,7 +136,8 @@ class ListDataset(LongTailed):
 
 
 def load_lists(name: str, root: str | os.PathLike, lists: str | os.PathLike | None = None) -> ListDataset:
-    """Read the two lists of a dataset and make sure that every image is there; none is opened.
+    """Read the two lists of a dataset, hold them to their :class:`mislas.data.ListSpec`, and make sure that every image
+    is there; none is opened.
 
     Args:
         name: a key of :data:`LISTS`.
@@ -134,20 +145,28 @@ def load_lists(name: str, root: str | os.PathLike, lists: str | os.PathLike | No
         lists: the folder with the list files; None is ``root``.
 
     Raises:
-        DataError: a list that is missing or wrong (see :func:`read_list`), or images that are missing.
+        DataError: a list that is missing or wrong (see :func:`read_list`), or has other numbers of images than its
+            ``ListSpec`` says; an image in both lists; images that are missing.
         MislasError: unknown name.
     """
-    name = str(name).lower()
+    name = dataset_name(name)
     if name not in LISTS:
         unknown("dataset of list files", name, LISTS)
     spec, root = LISTS[name], Path(root)
     folder = root if lists is None else Path(lists)
-    both = [read_list(folder / file, root, spec.num_classes) for file in (spec.train_list, spec.test_list)]
-    for images in both:
+    files = {"train": folder / spec.train_list, "test": folder / spec.test_list}
+    both = {split: read_list(file, root, spec.num_classes) for split, file in files.items()}
+    for split, images in both.items():
+        if wrong := _unexpected(images, spec, split):
+            found = f"list {files[split]}: {_sizes(images)}"
+            raise DataError(f"{found}; {wrong}; fetch it again, or correct the ListSpec of {name!r}")
+    if overlap := _overlap(**both):
+        raise DataError(f"lists {spec.train_list} and {spec.test_list} in {folder}: {overlap}; take them out of one")
+    for images in both.values():
         missing = missing_files(images)
         if missing:
             raise DataError(explain_missing(images, missing))
-    return ListDataset(name, *both)
+    return ListDataset(name, **both)
 
 
 def load_from(name: str, data_root: str | os.PathLike | None) -> ListDataset:
@@ -297,7 +316,8 @@ def read_image(path: Path) -> Tensor:
     where torchvision has no decoder, through Pillow. Both use libjpeg: pixels differ by 1 of 255 at most.
 
     Raises:
-        DataError: a file that is missing, cut short, or no image.
+        DataError: a file that is missing, cut short, no image, or not of 8 bits a channel (see
+            :func:`mislas.data.decode`).
     """
     try:
         content = path.read_bytes()
@@ -307,7 +327,9 @@ def read_image(path: Path) -> Tensor:
                 return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
             except (RuntimeError, AttributeError):  # damage, a rare kind of JPEG, or torchvision built without libjpeg
                 pass
-        pixels = np.array(Image.open(io.BytesIO(content)).convert("RGB"))
+        pixels = decode(content, f"image {path}")
+    except DataError:
+        raise
     except Exception as error:  # Pillow has many
         raise DataError(f"image {path} cannot be decoded ({' '.join(str(error).split())}); fetch it again") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -370,20 +392,17 @@ def check(
     Raises:
         MislasError: an unknown name, or a folder that does not exist. What is wrong with the data is in the report.
     """
-    key = str(name).lower()
-    in_memory = key.removesuffix("-lt") in SPECS
-    if key not in LISTS and not in_memory:
-        unknown("dataset", name, [*SPECS, *LISTS])
-    if root is None and key.removesuffix("-lt") != "digits":
-        raise MislasError(f"checking {key!r} needs --root, the folder with its images; 'digits' needs none")
+    name = dataset_name(name)
+    if root is None and name != "digits":
+        raise MislasError(f"checking {name!r} needs --root, the folder with its images; 'digits' needs none")
     for option, folder in (("--root", root), ("--lists", lists)):
         if folder is not None and not Path(folder).is_dir():
             raise MislasError(f"{option} is an existing folder, got {str(folder)!r}")
-    return _check_in_memory(key, root) if in_memory else _check_lists(key, Path(root), lists, progress)
+    return _check_in_memory(name, root) if name in SPECS else _check_lists(name, Path(root), lists, progress)
 
 
 def _check_in_memory(name: str, root: str | os.PathLike | None) -> Report:
-    spec = SPECS[name.removesuffix("-lt")]
+    spec = SPECS[name]
     report = Report(f"{name}: {spec.title}")
     try:
         data = load(name, root, imbalance=1)
@@ -409,6 +428,27 @@ def _span(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
+def _sizes(images: ImageList) -> str:
+    counts = images.class_counts
+    return f"{len(images):,} images of {images.num_classes:,} classes, {_span(min(counts), max(counts))} a class"
+
+
+def _unexpected(images: ImageList, spec: ListSpec, split: str) -> str:
+    """How many images ``spec`` expects of a list, ``train`` or ``test``, that has others; empty if it has those."""
+    expected = getattr(spec, split)
+    if len(images) != expected:
+        return f"expected {expected:,} images"
+    if split == "train" and (min(images.class_counts), max(images.class_counts)) != (spec.smallest, spec.largest):
+        return f"expected {spec.smallest:,} to {spec.largest:,} a class"
+    return ""
+
+
+def _overlap(train: ImageList, test: ImageList) -> str:
+    """What images two lists share; empty if none."""
+    both = sorted(set(train.paths) & set(test.paths))
+    return f"{len(both):,} images are in both lists ({_first(both)})" if both else ""
+
+
 def _check_lists(name: str, root: Path, lists: str | os.PathLike | None, progress: bool) -> Report:
     spec = LISTS[name]
     report = Report(f"{name}: {spec.title}, images under {root}", note=spec.note)
@@ -420,20 +460,14 @@ def _check_lists(name: str, root: Path, lists: str | os.PathLike | None, progres
         except DataError as error:
             report.add(f"{split} list", "", str(error))
             continue
-        low, high = min(images.class_counts), max(images.class_counts)
-        text = f"{len(images):,} images of {spec.num_classes:,} classes, {_span(low, high)} a class"
-        expected = getattr(spec, split)
-        wrong = "" if len(images) == expected else f"expected {expected:,} images"
+        wrong = _unexpected(images, spec, split)
         if split == "test":
             wrong = wrong or _uneven(images.targets, spec.num_classes)
-        elif not wrong and (low, high) != (spec.smallest, spec.largest):
-            wrong = f"expected {spec.smallest:,} to {spec.largest:,} a class"
         twice = len(images) - len(set(images.paths))
-        report.add(f"{split} list", text, wrong or (f"{twice:,} lines repeat a path" if twice else ""))
+        report.add(f"{split} list", _sizes(images), wrong or (f"{twice:,} lines repeat a path" if twice else ""))
     if len(found) == 2:
-        both = sorted(set(found["train"].paths) & set(found["test"].paths))
-        text = f"{len(both):,} images are in both lists ({_first(both)})" if both else ""
-        report.add("overlap", "" if both else "no image is in both lists", text)
+        overlap = _overlap(found["train"], found["test"])
+        report.add("overlap", "" if overlap else "no image is in both lists", overlap)
         sizes = {group: len(classes) for group, classes in found["train"].groups.items()}
         report.add("groups", ", ".join(f"{group} {size}" for group, size in sizes.items()) + " classes")
     for split, images in found.items():
@@ -444,22 +478,24 @@ def _check_lists(name: str, root: Path, lists: str | os.PathLike | None, progres
         if not there:
             continue
         bad = _undecodable(root, there, f"decode {split}", progress)
-        wrong = f"{len(bad):,} cannot be decoded: {_first(bad)}" if bad else ""
-        report.add(f"{split} images", f"{len(there) - len(bad):,} of {len(there):,} can be decoded", wrong)
+        wrong = f"{len(bad):,} cannot be decoded: {_first(list(bad))}" if bad else ""
+        why = next(filter(None, bad.values()), "")
+        report.add(f"{split} images", f"{len(there) - len(bad):,} of {len(there):,} can be decoded", wrong + why)
     return report
 
 
-def _undecodable(root: Path, paths: Sequence[str], what: str, progress: bool) -> list[str]:
-    """Paths of files that cannot be decoded, in order."""
+def _undecodable(root: Path, paths: Sequence[str], what: str, progress: bool) -> dict[str, str]:
+    """Paths of files that cannot be decoded, in order, and why if they are not damaged."""
 
-    def bad(path: str) -> bool:
+    def bad(path: str) -> str | None:
         try:
             read_image(root / path)
-        except DataError:
-            return True
-        return False
+        except DataError as error:
+            return "" if error.__cause__ else f"; {error}"
+        return None
 
-    return [path for path, wrong in zip(paths, in_threads(bad, paths, what, progress), strict=True) if wrong]
+    found = zip(paths, in_threads(bad, paths, what, progress), strict=True)
+    return {path: why for path, why in found if why is not None}
 
 
 def in_threads(function: Callable[[str], Any], paths: Sequence[str], what: str, progress: bool) -> Iterator[Any]:

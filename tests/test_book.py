@@ -4,6 +4,8 @@ add something to the library."""
 import ast
 import os
 import re
+import sys
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -11,8 +13,9 @@ import pytest
 
 matplotlib.use("Agg")
 
-from mislas.cli import main
+import mislas
 from mislas.data import LISTS, SPECS
+from mislas.errors import DataError
 from mislas.losses import LOSSES
 from mislas.methods import METHODS, SETTINGS
 from mislas.samplers import SAMPLERS
@@ -65,6 +68,29 @@ def test_exercises_link_nowhere_so_that_they_can_stand_on_another_page(book):
 CELL = re.compile(r"^```\{code-cell\} ipython3\n(?:---\n.*?^---\n|(?::.*?\n)+)?(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+def scripts(text):
+    """What a page shows of scripts; no cell."""
+    return [textwrap.dedent(code) for code in re.findall(r"^ *```python\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)]
+
+
+@pytest.fixture
+def hand_over(monkeypatch):
+    """A function that ends a script, whose names are in ``space``, as a page says; it returns the exit status.
+
+    The script is the first to import ``mislas.cli``, as it would be on its own.
+    """
+
+    def end(lines, space, arguments):
+        monkeypatch.setattr(sys, "argv", ["mine.py", *arguments])
+        monkeypatch.delitem(sys.modules, "mislas.cli", raising=False)
+        monkeypatch.delattr(mislas, "cli", raising=False)
+        with pytest.raises(SystemExit) as ended:
+            exec(lines, space | {"__name__": "__main__"})
+        return ended.value.code
+
+    return end
+
+
 def execute(cell, space):
     """What a notebook's cell would show last, or None."""
     tree = ast.parse(cell)
@@ -84,29 +110,43 @@ def registries():
         registry.update(old)
 
 
-def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(book, registries):
-    (cell,) = CELL.findall(book.text(Path("book/add-a-method.md")))
+def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
+    book, registries, hand_over, tmp_path, monkeypatch, capsys
+):
+    page = book.text(Path("book/add-a-method.md"))
+    (cell,) = CELL.findall(page)
     assert len([line for line in cell.splitlines() if line.strip()]) < 30
-    table = execute(cell, {})
+    space = {}
+    table = execute(cell, space)
     assert list(table.frame.index) == ["CE", "Mine", "cRT"]
     assert float(table.frame.loc["Mine", ("IF 10", "tiny")]) > 50
+    in_full, ending = scripts(page)
+    monkeypatch.chdir(tmp_path)  # where no data are: it gets as far as that
+    with pytest.raises(DataError, match="cannot read cifar10 under data"):
+        exec(in_full, space)
+    assert hand_over(ending, space, ["list", "methods"]) == 0
+    assert "PolyLoss on square-root batches" in capsys.readouterr().out
 
 
-def test_the_page_that_brings_images_trains_on_both_kinds(book, registries, monkeypatch, capsys):
+def test_the_page_that_brings_images_trains_on_both_kinds(book, registries, hand_over, monkeypatch, capsys):
     monkeypatch.setenv("MISLAS_CACHE", os.devnull)  # the page sets its own, which must not outlive the test
-    space = {}
-    shown = [execute(cell, space) for cell in CELL.findall(book.text(Path("book/bring-your-images.md")))]
+    page, space = book.text(Path("book/bring-your-images.md")), {}
+    shown = [execute(cell, space) for cell in CELL.findall(page)]
     (table,) = (value for value in shown if hasattr(value, "frame"))
     assert float(table.frame.loc["CE", ("IF 50", "measured")]) > 60
     said = capsys.readouterr().out
     assert said.count("all is well") == 2
     assert "ce {'many': 1.0" in said
-    root = space["data_root"]
-    results = ["--results-root", str(root / "results")]
-    assert main(["list", *results]) == 0
+    (ending,) = scripts(page)
+    root = str(space["data_root"])
+    results = ["--results-root", f"{root}/results"]
+    command = re.search(r"`python mine\.py (.*?)`", page)[1].replace("DIR", root)
+    assert hand_over(ending, space, [*command.split(), *results]) == 0  # the run is in the store
+    assert re.search(r" textures +50 +mislas ", capsys.readouterr().out)
+    assert hand_over(ending, space, ["list", *results]) == 0
     listed = capsys.readouterr().out
     stage1 = next(line.split()[0] for line in listed.splitlines() if " textures " in line and " ce " in line)
-    assert main(["eval", stage1, "--data-root", str(root), *results]) == 0
+    assert hand_over(ending, space, ["eval", stage1, "--data-root", root, *results]) == 0
     accuracy = f"{float(table.frame.loc['CE', ('IF 50', 'measured')]) / 100:.3f}"
     assert f"from weights: accuracy {accuracy}" in capsys.readouterr().out
-    assert main(["data", "check", "textures", "--root", str(root)]) == 0
+    assert hand_over(ending, space, ["data", "check", "textures", "--root", root]) == 0

@@ -17,6 +17,8 @@ from mislas.data import (
     SPECS,
     Spec,
     available,
+    dataset_name,
+    decode,
     groups,
     load,
     long_tailed_counts,
@@ -143,6 +145,19 @@ def test_a_suffix_lt_names_the_same_dataset():
     assert load("DIGITS-LT", imbalance=10).checksum == load("digits", imbalance=10).checksum
 
 
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [("Textures", "Textures"), ("clinic-lt", "clinic-lt"), ("Clinic-LT", "clinic-lt"), ("Digits-LT", "digits")],
+)
+def test_a_name_is_looked_up_as_it_is_then_in_lower_case_then_without_lt(asked, name, monkeypatch):
+    for new in ("Textures", "clinic-lt", "clinic"):
+        monkeypatch.setitem(SPECS, new, SPECS["digits"])
+    assert dataset_name(asked) == name
+    assert load(asked, imbalance=10).name == name
+    with pytest.raises(MislasError, match=r"unknown dataset 'textures'; did you mean 'Textures'\?"):
+        dataset_name("textures")
+
+
 def test_the_checksum_sees_one_pixel(digits):
     before = digits.checksum
     other = load("digits", imbalance=50)
@@ -216,6 +231,40 @@ def test_an_archive_gives_the_same_dataset_as_the_folder(root, suffix, prefix):
     assert sorted(p.name for p in root.iterdir()) == [f"tiny{suffix}"]
 
 
+def test_names_that_begin_with_a_dot_are_passed_over(root):
+    clean = load("tiny", root, imbalance=1)
+    for split in ("train", "test"):
+        folder = root / "tiny" / split
+        (folder / ".ipynb_checkpoints").mkdir()
+        for stray in (".DS_Store", "ant/.DS_Store", "ant/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg"):
+            (folder / stray).write_bytes(b"no image")
+    data._tree.cache_clear()
+    assert_same(clean, load("tiny", root, imbalance=1))
+    pack(root, ".tar")
+    data._tree.cache_clear()
+    assert_same(clean, load("tiny", root, imbalance=1))
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Spec("Tiny", 3, 16, 6), r"test/ant/0\.jpg is 8x8 pixels, not 16x16"),
+        (Spec("Tiny", 2, 8, 6), r"has 3 classes under train/; 'tiny' has 2"),
+    ],
+)
+def test_decoded_images_are_held_to_a_changed_spec(root, monkeypatch, spec, message, restarted):
+    first = load("tiny", root, imbalance=1)
+    with monkeypatch.context() as patch:
+        patch.setitem(SPECS, "tiny", spec)
+        if restarted:
+            data._tree.cache_clear()
+        with pytest.raises(DataError, match=message):
+            load("tiny", root, imbalance=1)
+    data._tree.cache_clear()
+    assert_same(first, load("tiny", root, imbalance=1))
+
+
 def test_decoded_images_come_from_the_cache_the_second_time(root, monkeypatch):
     first = load("tiny", root, imbalance=1)
     data._tree.cache_clear()
@@ -263,6 +312,14 @@ def undecodable_image(root):
     (root / "tiny" / "train" / "bee" / "3.jpg").write_bytes(b"not an image")
 
 
+def stray_file(root):
+    (root / "tiny" / "train" / "bee" / "notes.txt").write_text("3.jpg is blurred")
+
+
+def deep_image(root):
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(root / "tiny" / "train" / "bee" / "6.png")
+
+
 def wrong_size(root):
     Image.new("RGB", (9, 8)).save(root / "tiny" / "test" / "bee" / "1.jpg")
 
@@ -287,7 +344,9 @@ def no_files(root):
         for case in (
             (truncate_archive, "tiny.tar.xz", "is damaged near .*fetch the file again"),
             (truncate_image, "train/bee/3.jpg", "is damaged near"),
-            (undecodable_image, "train/bee/3.jpg", "is damaged near"),
+            (undecodable_image, "train/bee/3.jpg", "is no image; move it away"),
+            (stray_file, "train/bee/notes.txt", "is no image; move it away"),
+            (deep_image, "train/bee/6.png", "has 16-bit or float pixels .*: convert to 8 bits first"),
             (wrong_size, "test/bee/1.jpg", "is 9x8 pixels, not 8x8"),
             (class_missing_in_test, "data/tiny", "class 'cat' has no image in train/ or in test/"),
             (one_class_less, "data/tiny", "has 2 classes under train/; 'tiny' has 3"),
@@ -339,6 +398,50 @@ def test_a_plain_tar_cut_within_a_header_is_damaged(root):
     archive.write_bytes(archive.read_bytes()[: last.offset + 100])
     with pytest.raises(DataError, match="damaged"):
         load("tiny", root, imbalance=1)
+
+
+# ----------------------------------------------------------------------------------------------------------- decoding
+
+
+def tiff(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "rgb"),
+    [
+        ("1", 255, (255, 255, 255)),
+        ("L", 100, (100, 100, 100)),
+        ("LA", (100, 0), (100, 100, 100)),
+        ("P", 1, (10, 20, 30)),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    ],
+)
+def test_what_has_at_most_8_bits_a_channel_becomes_rgb(mode, pixel, rgb):
+    image = Image.new(mode, (3, 2), pixel)
+    if mode == "P":
+        image.putpalette([0, 0, 0, 10, 20, 30])
+    pixels = decode(tiff(image), "a.tif")
+    assert pixels.dtype == np.uint8
+    assert pixels.shape == (2, 3, 3)
+    assert (pixels == rgb).all()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "I;16"), (np.int32, "I"), (np.float32, "F")])
+def test_16_bit_and_float_pixels_are_refused_in_one_line(kind, mode):
+    content = tiff(Image.fromarray(np.full((2, 3), 200, kind)))
+    with pytest.raises(DataError, match=rf"^x/a\.tif has 16-bit or float .* {mode}\): convert to 8 bits") as caught:
+        decode(content, "x/a.tif")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_pixels_than_those_are_refused_too():
+    with pytest.raises(DataError, match=r"a\.tif has pixels of a rare kind \(Pillow's mode LAB\)"):
+        decode(tiff(Image.new("LAB", (3, 2))), "a.tif")
 
 
 # ------------------------------------------------------------------------------------------------ torchvision's files

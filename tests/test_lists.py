@@ -202,6 +202,25 @@ def test_other_colour_modes_become_rgb(mode, picture, tmp_path):
     assert read_image(tmp_path / "image").shape == (3, 30, 41)
 
 
+@pytest.mark.parametrize("with_torchvision", [True, False])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_exif_orientation_turns_nothing(kind, with_torchvision, picture, tmp_path, monkeypatch):
+    if not with_torchvision:
+        monkeypatch.setattr(lists, "_jpeg_decoder", lambda: None)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: to be shown turned by 90 degrees
+    (tmp_path / "plain").write_bytes(encoded(picture, format=kind))
+    (tmp_path / "turned").write_bytes(encoded(picture, format=kind, exif=exif))
+    assert torch.equal(read_image(tmp_path / "turned"), read_image(tmp_path / "plain"))
+
+
+def test_16_bit_pixels_are_refused_in_one_line(tmp_path):
+    Image.fromarray(np.full((30, 41), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(DataError, match=r"^image .*deep\.png has 16-bit or float pixels .*: convert to 8") as caught:
+        read_image(tmp_path / "deep.png")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("damage", [lambda c: c[:-50], lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"<html>"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_damaged_images_are_one_line(kind, damage, picture, tmp_path):
@@ -278,6 +297,10 @@ def cut_an_image(root):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def deepen_an_image(root):
+    Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(root / "train/class0/0000.jpg", "PNG")
+
+
 def lose_a_line(root):
     path = root / "generated_train.txt"
     path.write_text(path.read_text().partition("\n")[2])
@@ -297,9 +320,19 @@ def unbalance_the_test_set(root):
     path.write_text(path.read_text().replace("class5/0000.jpg 5", "class5/0000.jpg 4"))
 
 
+def lose_a_test_line(root):
+    path = root / "generated_test.txt"
+    path.write_text(path.read_text().partition("\n")[2])
+
+
 def move_an_image_across_classes(root):
     path = root / "generated_train.txt"
     path.write_text(path.read_text().replace("class0/0000.jpg 0", "class0/0000.jpg 1"))
+
+
+def shrink_the_smallest_class(root):
+    path = root / "generated_train.txt"
+    path.write_text(path.read_text().replace("class5/0000.jpg 5", "class5/0000.jpg 4"))
 
 
 def leak(root):
@@ -325,11 +358,14 @@ def rename_the_folder(root):
             "2 of 256 images are missing under .* \\(train/class1/0003.jpg, train/class2/0001",
         ),
         (cut_an_image, "test images", "29 of 30 can be decoded; 1 cannot be decoded: test/class4/0002.jpg"),
+        (deepen_an_image, "train images", "255 of 256 .*: train/class0/0000.jpg; image .*0000.jpg has 16-bit or float"),
         (lose_a_line, "train list", "255 images .*; expected 256 images"),
+        (lose_a_test_line, "test list", "29 images .*; expected 30 images"),
         (lose_the_list, "test list", "no list file .*generated_test.txt"),
         (lose_a_label, "train list", "'train/class5/0000.jpg' has no label"),
         (unbalance_the_test_set, "test list", "expected a balanced test set, got 4 to 6 a class"),
         (move_an_image_across_classes, "train list", "6 to 119 a class; expected 6 to 120 a class"),
+        (shrink_the_smallest_class, "train list", "5 to 120 a class; expected 6 to 120 a class"),
         (leak, "overlap", "1 images are in both lists \\(train/class3/0000.jpg\\)"),
         (repeat_a_line, "train list", "1 lines repeat a path"),
         (rename_the_folder, "train files", "256 of 256 images are missing"),
@@ -346,12 +382,32 @@ def test_what_is_wrong_is_in_the_report_and_the_status_is_1(generated, damage, w
     assert out.endswith("the data are not as they should be\n")
 
 
-@pytest.mark.parametrize("damage", [lose_images, lose_the_list, lose_a_label])
-def test_loading_stops_before_training_in_one_line(generated, damage):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lose_images, "2 of 256 images are missing"),
+        (lose_the_list, "no list file .*generated_test.txt"),
+        (lose_a_label, "has no label"),
+        (lose_a_line, "list .*generated_train.txt: 255 images .*; expected 256 images; .* the ListSpec of 'generated'"),
+        (lose_a_test_line, "list .*generated_test.txt: 29 images of 6 classes, 4 to 5 a class; expected 30 images"),
+        (move_an_image_across_classes, "6 to 119 a class; expected 6 to 120 a class"),
+        (shrink_the_smallest_class, "5 to 120 a class; expected 6 to 120 a class"),
+        (leak, "_train.txt and .*_test.txt in .*: 1 images are in both lists .*class3/0000.jpg.*; take them out of"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_loading_stops_before_training_in_one_line(generated, damage, message):
     damage(generated)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         load_lists("generated", generated)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("doubtful", [unbalance_the_test_set, repeat_a_line])
+def test_what_no_spec_forbids_is_left_to_check(generated, doubtful):
+    doubtful(generated)
+    assert len(load_lists("generated", generated).train) == 256
+    assert not check("generated", generated, progress=False).ok
 
 
 def test_lists_may_be_elsewhere(generated, tmp_path):
@@ -389,10 +445,15 @@ def test_in_memory_datasets_are_checked_too(tmp_path, capsys):
     assert "no images for 'cifar10-jpeg'" in out
 
 
-def test_a_name_is_taken_in_any_case_and_unknown_ones_are_refused(original):
+def test_a_name_is_taken_in_any_case_and_unknown_ones_are_refused(original, monkeypatch):
     assert load_lists("Generated", original).name == "generated"
-    with pytest.raises(MislasError, match=r"unknown dataset of list files 'imagenet'; did you mean 'imagenet-lt'\?"):
+    with pytest.raises(MislasError, match=r"unknown dataset 'imagenet'; did you mean 'imagenet-lt'\?"):
         load_lists("imagenet", original)
+    with pytest.raises(MislasError, match=r"unknown dataset of list files 'digits'. Known: generated, imagenet-lt"):
+        load_lists("digits", original)
+    monkeypatch.setitem(LISTS, "Clinic-LT", LISTS["generated"])
+    assert load_lists("Clinic-LT", original).name == "Clinic-LT"
+    assert check("Clinic-LT", original, progress=False).ok
 
 
 def test_the_table_has_the_sizes_of_the_paper_and_of_the_lists():

@@ -275,6 +275,16 @@ def test_a_damaged_image_stops_in_one_line_that_names_it(root, tmp_path, workers
     assert "\n" not in str(caught.value)
 
 
+def test_an_image_of_16_bits_stops_in_one_line_that_names_it(root, tmp_path):
+    shutil.copytree(root, tmp_path / "set")
+    Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(tmp_path / "set" / "test/class2/0001.jpg", "PNG")
+    deep = load_lists("generated", tmp_path / "set").test
+    with pytest.raises(DataError, match=r"class2/0001\.jpg has 16-bit or float pixels"):
+        list(ImageBatches(deep, SPEC, 8, workers=0).plain())
+    with pytest.raises(DataError, match=r"class2/0001\.jpg has 16-bit or float pixels"):
+        shrink(deep, tmp_path / "small", 40, progress=False)
+
+
 def test_a_worker_that_dies_is_one_line(data, monkeypatch):
     monkeypatch.setattr(pipeline, "read_image", lambda path: os._exit(1))
     with pytest.raises(MislasError, match=r"a process that decodes images died .*fewer workers") as caught:

@@ -6,31 +6,19 @@ what a slice has made, finished or under way, is packed into one archive and mer
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
-import json
 import re
-import tarfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-
 from . import paper
 from .config import Adjustment, RunConfig
-from .data import LISTS, dataset_name, spec_of, training_images, write_atomically
-from .errors import MislasError, RecordError
-from .evaluate import BINS, reliability
+from .data import LISTS, dataset_name, smallest_class, spec_of, training_images
+from .errors import MislasError
 from .methods import SETTINGS, configure
-from .runs import Record, Store, plan, read_record, run
+from .runs import Store, plan, run
 from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows, authors_variants, balanced
 from .train import Options, OutOfTime
 
@@ -90,7 +78,8 @@ def wanted(
         configs += [configure(dataset, "ce", first, seed, changes) for changes in balanced(dataset, first).values()]
         configs += [configure(dataset, method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
         configs += [configure(dataset, "mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
-        configs += [configure(dataset, method, first, seed) for method in HELD_OUT]
+        if smallest_class(dataset_name(dataset), first) > 1:
+            configs += [configure(dataset, method, first, seed) for method in HELD_OUT]
         rows, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
         configs += [configure(dataset, method, first, seed, changes | more) for method, more in _runs(rows)]
     return list({config.id: config for config in configs}.values())
@@ -224,213 +213,3 @@ def campaign(
     except OutOfTime:
         return False
     return True
-
-
-# ------------------------------------------------------------------------------------------------- pack and merge
-
-_MEMBER = re.compile(r"\w[\w.-]*/\w[\w.-]*\.(json|npz|safetensors|ckpt)")
-_SUFFIXES = (".npz", ".safetensors", ".json")  # records last: what has one is complete
-
-Members = dict[str, bytes]  #: Files, by their path in a store.
-Checkpoint = tuple[list[str], int]  #: Identities of the runs that train together, and their epoch.
-
-
-def pack(configs: Iterable[RunConfig], store: Store, archive: Path) -> int:
-    """Bring an archive up to date: all files of the runs that a campaign asks for and of those that they build on, as
-    far as the store has them, and every checkpoint.
-
-    What the store had before the campaign is packed, too. So nothing has to be remembered, and what a campaign left
-    when it was killed is packed when it starts again. An archive never loses a run: those that it has stay as they
-    are, of two checkpoints of the same runs it keeps the one further on, and only those of finished runs go.
-
-    Args:
-        configs: what the campaign asks for.
-        archive: the tar. It is written each time, so that a call before anything trains shows whether it can be.
-
-    Returns:
-        How many files the archive has now.
-
-    Raises:
-        RecordError: the archive is there and is damaged or something else, or the store is damaged.
-        OSError: the archive cannot be written; it is as it was.
-    """
-    kept = _read_archive(archive) if archive.exists() else {}
-    found: Members = {}
-    for path in store.under_way():  # before the runs, of which another process may finish one meanwhile
-        with contextlib.suppress(FileNotFoundError):
-            found[path.relative_to(store.root).as_posix()] = path.read_bytes()
-    for config in {c.id: c for asked in configs for c in (asked, asked.stage1_only, *asked.experts)}.values():
-        record = store.get(config)
-        paths = [store.find(config, suffix) for suffix in _SUFFIXES] if record else []
-        found |= {_name(record.config, path.suffix): path.read_bytes() for path in paths if path.exists()}
-    old_records, old = _check(kept, archive)
-    new_records, new = _check(found, store.root)
-    further = {name: found[name] for name, (_, epoch) in new.items() if name in old and epoch > old[name][1]}
-    members = found | kept | further
-    finished = _finished([*old_records.values(), *new_records.values()], members)
-    for name, (runs, _) in (old | new).items():
-        if finished.issuperset(runs):
-            del members[name]
-
-    def write(handle: io.BufferedWriter) -> None:
-        with tarfile.open(fileobj=handle, mode="w") as tar:
-            for name, data in sorted(members.items()):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-    write_atomically(archive, write)
-    return len(members)
-
-
-def merge(archive: Path, store: Store) -> list[Record]:
-    """Add what an archive holds to a store. All of it is checked first: one flaw, and nothing is added.
-
-    A run that is there already stays as it is, and must agree in configuration and measures; it gets what it lacks,
-    such as weights. Of two checkpoints of the same runs the one further on is kept; those of finished runs are passed
-    over.
-
-    Returns:
-        The records added.
-
-    Raises:
-        RecordError: damage, in the archive or in what the store has of its runs; a member that does not belong in a
-            store; measures that do not follow from the predictions; or a conflict.
-    """
-    members = _read_archive(archive)
-    records, checkpoints = _check(members, archive)
-    writes = []
-    for stem, record in records.items():
-        existing = store.get(record.config)
-        if existing is not None and existing.metrics != record.metrics:
-            raise RecordError(
-                f"{archive}: run {record.config.id} is in the store with other measures; keep one: delete "
-                f"{existing.path} to take the archive's, or leave the archive alone"
-            )
-        lacks = [s for s in _SUFFIXES if existing is None or not store.find(record.config, s).exists()]
-        writes += [stem + suffix for suffix in lacks if stem + suffix in members]
-    there = [path for runs, _ in checkpoints.values() for run in runs for path in store.root.glob(f"*/*-{run}.*")]
-    known = [read_record(path) for path in there if path.suffix == ".json"]
-    finished = _finished([*records.values(), *known], [*members, *map(str, there)])
-    for name, (runs, epoch) in checkpoints.items():
-        path = store.root / name
-        stored = _read_checkpoint(path.read_bytes(), path)[1] if path.exists() else -1
-        if epoch > stored and not finished.issuperset(runs):
-            writes.append(name)
-    for name in writes:
-        write_atomically(store.root / name, lambda handle, name=name: handle.write(members[name]))
-    return [read_record(store.root / name) for name in writes if name.endswith(".json")]
-
-
-def _name(config: RunConfig, suffix: str) -> str:
-    return Store("").path(config, suffix).as_posix()
-
-
-def _read_archive(archive: Path) -> Members:
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            return {member.name: tar.extractfile(member).read() if member.isfile() else b"" for member in tar}
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise RecordError(f"{archive} cannot be read ({error}); copy it again, or name another file") from error
-
-
-def _check(members: Members, where: Path) -> tuple[dict[str, Record], dict[str, Checkpoint]]:
-    """Check files of a store, each by itself and against the rest of its run.
-
-    Returns:
-        The records by name without ending, and the checkpoints by name.
-
-    Raises:
-        RecordError: a file is damaged, has a name that a store would not give it, or does not fit its run; or its run
-            is not whole.
-    """
-    records: dict[str, Record] = {}
-    for name, data in members.items():
-        if not _MEMBER.fullmatch(name):
-            raise RecordError(f"{where}: {name!r} does not belong in a store; take it out")
-        if name.endswith(".json"):
-            record = read_record(where / name, data.decode(errors="replace"))
-            if name != _name(record.config, ".json"):
-                raise RecordError(f"{where}: {name} does not belong there, but at {_name(record.config, '.json')}")
-            records[name.removesuffix(".json")] = record
-    checkpoints: dict[str, Checkpoint] = {}
-    for name, data in members.items():
-        stem, _, suffix = name.rpartition(".")
-        if suffix == "ckpt":
-            checkpoints[name] = _read_checkpoint(data, where / name)
-        elif stem not in records:
-            raise RecordError(f"{where}: {name} comes without its record; restore that, or take this out")
-        elif suffix == "json" and f"{stem}.npz" not in members:
-            raise RecordError(f"{where}: {name} comes without its .npz; restore that, or take this out")
-        elif suffix == "npz":
-            _check_measures(records[stem], data, where / name)
-        elif suffix == "safetensors":
-            read_weights(data, records[stem].config.id, where / name)
-    return records, checkpoints
-
-
-def _check_measures(record: Record, data: bytes, path: Path) -> None:
-    """Hold a record's measures against its ``.npz``, every array of which must be whole."""
-    try:
-        with np.load(io.BytesIO(data)) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-        names = ("target", "predicted", "confidence", "true_probability")
-        target, predicted, confidence, _ = np.stack([arrays[name] for name in names])
-        ece = reliability(confidence / 65535, predicted == target).ece
-    except Exception as error:
-        raise RecordError(f"{path} is damaged ({type(error).__name__}); restore it, or take its run out") from error
-    # Rounding to steps of 1 / 65535 may have moved those at the edge of two bins: each adds up to 1 / N to both gaps.
-    moved = (confidence % (65535 // BINS) == 0) & (confidence < 65535)
-    for name, value, within in (
-        ("accuracy", np.mean(predicted == target), 1e-5),
-        ("ece", ece, 1e-5 + 2 * np.mean(moved)),
-    ):
-        said = record.metrics.get(name) if isinstance(record.metrics, dict) else None
-        if not isinstance(said, int | float) or not abs(said - value) <= within:  # NaN is not within anything
-            raise RecordError(f"{path} gives {name} {value:.4f}, its record says {said}; restore both or take both out")
-
-
-def read_weights(content: bytes, run: str, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weights file.
-
-    Args:
-        content: what is in the file.
-        run: identity of the run whose weights they must be.
-        path: the file, for messages.
-
-    Raises:
-        RecordError: the file is damaged, or has the weights of another run.
-    """
-    try:
-        tensors = load_safetensors(content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    except (SafetensorError, ValueError) as error:
-        raise RecordError(
-            f"{path} is damaged ({type(error).__name__}); restore it, or delete it and train Stage-1 again"
-        ) from error
-    owner = header.get("__metadata__", {}).get("run", "unknown")
-    if owner != run:
-        raise RecordError(
-            f"{path} has the weights of run {owner}, not of {run}; restore it, or delete it and train Stage-1 again"
-        )
-    return tensors
-
-
-def _read_checkpoint(data: bytes, path: Path) -> Checkpoint:
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        runs, epoch = content["runs"], int(content["epoch"])
-        own = runs[0] if len(runs) == 1 else hashlib.sha256("".join(runs).encode()).hexdigest()[:12]
-    except Exception as error:
-        raise RecordError(
-            f"{path} is damaged ({type(error).__name__}); restore it, or delete it to start its runs afresh"
-        ) from error
-    if not path.stem.endswith(f"-{own}"):  # see Store.checkpoint
-        raise RecordError(f"{path} does not belong there; it is the checkpoint of {', '.join(runs)}")
-    return runs, epoch
-
-
-def _finished(records: Iterable[Record], names: Iterable[str]) -> set[str]:
-    """Identities of the runs that need no checkpoint: they have a record and, those of Stage-1, weights by name."""
-    weights = {Path(name).stem.rpartition("-")[2] for name in names if name.endswith(".safetensors")}
-    return {r.config.id for r in records if r.config.stage2 is not None or r.config.id in weights}

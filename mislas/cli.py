@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from . import __version__, cluster, distributed
-from .campaign import campaign, images_per_second, jobs, merge, pack, parse_budget, wanted
+from .archive import merge, pack
+from .campaign import campaign, images_per_second, jobs, parse_budget, wanted
 from .config import RunConfig, field_names, takes_text
 from .data import LISTS, SPECS, load
 from .errors import MislasError, RecordError
@@ -274,8 +275,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _store(arguments: argparse.Namespace) -> Store:
-    return Store(arguments.results_root or default_results_root())
+def _store(arguments: argparse.Namespace, read: bool = False) -> Store:
+    """The store that is meant; to ``read`` from, it must be there."""
+    store = Store(arguments.results_root or default_results_root())
+    if read and arguments.results_root and not store.root.is_dir():
+        raise RecordError(
+            f"--results-root {arguments.results_root} is no folder; a store is one that 'train' wrote into"
+        )
+    return store
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -289,6 +296,8 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
+        if key in ("dataset", "imbalance", "seed"):
+            raise MislasError(f"--set changes how runs are trained; for which runs there is --{key}; got {pair!r}")
         digits = isinstance(value, int | float) and takes_text(key)  # a checksum may look like a number
         overrides[key] = text if digits else value
     return overrides
@@ -409,7 +418,7 @@ def find_run(store: Store, prefix: str) -> Record:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    store = _store(arguments)
+    store = _store(arguments, read=True)
     record = find_run(store, arguments.run)
     print(f"{record.config.method} on {record.config.data_title} seed {record.config.seed}")
     if record.config.stage2 is not None and arguments.data_root is not None:
@@ -466,14 +475,14 @@ def _list(arguments: argparse.Namespace) -> None:
                 f"{name:16}  {spec.num_classes:4d} classes, {spec.size}x{spec.size} crops; {spec.title}, by list files"
             )
         return
-    store = _store(arguments)
+    store = _store(arguments, read=True)
     _print_runs(list(store))
     for checkpoint in store.under_way():
         print(f"under way: {checkpoint}")
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    record = find_run(_store(arguments), arguments.run)
+    record = find_run(_store(arguments, read=True), arguments.run)
     print(json.dumps(json.loads(record.path.read_text()), indent=2))
 
 

@@ -31,6 +31,10 @@ class RecordError(MislasError):
     """A stored record, weights file or checkpoint is cut short or contradicts what is asked of it."""
 
 
+class ForeignRecord(RecordError):
+    """A record of a run that needs code that is not loaded, or that what is registered here does not allow."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raise :class:`UnknownName`, the known names listed with the nearest first."""
     known = sorted(known)

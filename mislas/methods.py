@@ -11,7 +11,7 @@ from typing import Any
 
 from .config import Adjustment, Memory, RunConfig, Stage1, Stage2, stage2_kind
 from .data import LISTS, dataset_name
-from .errors import unknown
+from .errors import MislasError, UnknownName, unknown
 from .losses import LOSSES, Loss
 
 
@@ -386,6 +386,8 @@ def configure(
     dataset = dataset_name(dataset)
     if method not in METHODS:
         unknown("method", method, METHODS)
+    if dataset not in SETTINGS:
+        raise UnknownName(f"no settings to train {dataset} with: add an entry to mislas.methods.SETTINGS")
     settings, recipe = SETTINGS[dataset], METHODS[method]
     if imbalance is None:
         imbalance = LISTS[dataset].imbalance if dataset in LISTS else 100
@@ -393,7 +395,7 @@ def configure(
         "mixup": settings.mixup if recipe.mixup else None,
         "epochs": round(recipe.longer * settings.stage1["epochs"]),
     }
-    stage1 = Stage1(**settings.stage1 | ours | recipe.stage1)
+    stage1 = _stage(Stage1, method, settings.stage1 | ours | recipe.stage1)
     stage2 = None
     if recipe.stage2 is not None:
         kind = stage2_kind(recipe.stage2)
@@ -405,9 +407,16 @@ def configure(
             filled["delta_lr"] = settings.delta_lr
         if recipe.stage2.get("loss") == "las":
             filled |= {"eps_1": settings.eps_1, "eps_k": settings.eps_k}
-        stage2 = kind(**filled | recipe.stage2)
+        stage2 = _stage(kind, method, filled | recipe.stage2)
     config = RunConfig(dataset, imbalance, settings.backbone, seed, settings.precision, stage1, stage2, method)
     return config.override(overrides or {})
+
+
+def _stage(kind: type, method: str, values: dict[str, Any]) -> Any:
+    try:
+        return kind(**values)
+    except TypeError as error:  # a slip in a recipe: a field too many, or one that is missing
+        raise MislasError(f"method {method!r}: {str(error).replace('.__init__()', '')}") from error
 
 
 def loss_for(stage: Stage1 | Stage2, class_counts: Sequence[int]) -> Loss:

@@ -76,7 +76,7 @@ def _heading(study: Study, dataset: str, shown: Sequence[Record], title: str | N
     for record in shown:
         seeds.setdefault(record.config.dataset, set()).add(record.config.seed)
     used = [f"{name}, seed {', '.join(map(str, sorted(some)))}" for name, some in seeds.items()]
-    return f"{title or study.title(dataset)}\n{study.kind}: {'; '.join(used)}"
+    return f"{title or study.title(dataset)}\n{study.kind}: {'; '.join(used)}{study.changed.replace(' With', '; with')}"
 
 
 def _nothing(study: Study, dataset: str, title: str | None) -> Figure:

@@ -37,8 +37,8 @@ from . import __version__, distributed
 from .adjust import adjust
 from .augment import Images
 from .config import Adjustment, FewShot, Memory, RunConfig
-from .data import LongTailed, load, write_atomically
-from .errors import Diverged, MislasError, RecordError, UnknownName
+from .data import LongTailed, load, smallest_class, write_atomically
+from .errors import Diverged, ForeignRecord, MislasError, RecordError, UnknownName
 from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
 from .lists import ListDataset
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .pipeline import ImageBatches
 
 SCHEMA = 1
+SOURCE = ("date", "commit", "device", "torch", "data", "data_checksum")  # what tables cite of where a run comes from
 
 
 @dataclass(frozen=True)
@@ -79,29 +80,35 @@ class Record:
             with np.load(path) as stored:
                 return {key: stored[key] for key in stored.files}
         except Exception as error:
-            raise RecordError(f"{path} cannot be read ({type(error).__name__}); restore it or run again") from error
+            raise RecordError(
+                f"{path} cannot be read ({type(error).__name__}); restore it, or delete its .json, too, and run again"
+            ) from error
 
     def predictions(self) -> Predictions:
         """Test predictions; probabilities are stored as 16-bit fixed point (steps of 1 / 65535)."""
         a = self.arrays()
-        return Predictions(
-            a["target"].astype(np.int64),
-            a["predicted"].astype(np.int64),
-            a["confidence"] / 65535,
-            a["true_probability"] / 65535,
-        )
+        try:
+            return Predictions(
+                a["target"].astype(np.int64),
+                a["predicted"].astype(np.int64),
+                a["confidence"] / 65535,
+                a["true_probability"] / 65535,
+            )
+        except KeyError as error:
+            raise RecordError(f"{self.path.with_suffix('.npz')} has no {error}; restore it") from error
 
 
 class Store:
     """Finished runs under a folder, looked up by identity. Files are only ever added."""
 
     def __init__(self, root: str | os.PathLike = "results"):
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
 
     def path(self, config: RunConfig, suffix: str) -> Path:
         """Where a run's file goes."""
         folder = f"{config.dataset}-if{config.imbalance:g}"
-        return self.root / folder / f"{config.method.replace('+', '-')}-s{config.seed}-{config.id}{suffix}"
+        method = re.sub(r"[^\w.-]", "-", config.method)
+        return self.root / folder / f"{method}-s{config.seed}-{config.id}{suffix}"
 
     def find(self, config: RunConfig, suffix: str = ".json") -> Path:
         """Where a run's file is, whatever name it was stored under, or where it would go."""
@@ -119,13 +126,13 @@ class Store:
         return sorted({int(found[1]) for found in (re.search(r"-s(\d+)-\w+$", name.stem) for name in names) if found})
 
     def __iter__(self) -> Iterator[Record]:
-        """All records. Those that need a dataset, a loss or a sampler that is not registered are left out, with a
-        warning at the end."""
+        """All records. Those that need a dataset, a loss or a sampler that is not registered, or is registered in a way
+        that does not allow them, are left out, with a warning at the end."""
         foreign = []
         for path in sorted(self.root.glob("*/*.json")):
             try:
                 yield read_record(path)
-            except UnknownName as error:
+            except ForeignRecord as error:
                 foreign.append(str(error))
         if foreign:
             more = f" ({len(foreign) - 1} more like it)" if len(foreign) > 1 else ""
@@ -179,7 +186,7 @@ class Store:
         """Stage-1's backbone and classifier, in float32."""
         path = self.find(config, ".safetensors")
         try:
-            tensors = {name: value.float() for name, value in load_safetensors(path.read_bytes()).items()}
+            tensors = {n: value.float() for n, value in read_weights(path.read_bytes(), config.id, path).items()}
             stage = config.stage1
             network, head = stage1_model(
                 config.backbone, num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
@@ -189,18 +196,45 @@ class Store:
                 module.load_state_dict(own)
         except FileNotFoundError:
             raise RecordError(f"the weights of {config.method} ({config.id}) are not in {self.root}") from None
-        except (SafetensorError, RuntimeError, OSError) as error:
+        except (RuntimeError, OSError) as error:
             raise RecordError(
                 f"{path} is damaged ({type(error).__name__}); delete it and train Stage-1 again"
             ) from error
         return network, head
 
 
+def read_weights(content: bytes, run: str, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a weights file.
+
+    Args:
+        content: what is in the file.
+        run: identity of the run whose weights they must be.
+        path: the file, for messages.
+
+    Raises:
+        RecordError: the file is damaged, or has the weights of another run.
+    """
+    try:
+        tensors = load_safetensors(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise RecordError(
+            f"{path} is damaged ({type(error).__name__}); restore it, or delete it and train Stage-1 again"
+        ) from error
+    owner = header.get("__metadata__", {}).get("run", "unknown")
+    if owner != run:
+        raise RecordError(
+            f"{path} has the weights of run {owner}, not of {run}; restore it, or delete it and train Stage-1 again"
+        )
+    return tensors
+
+
 def read_record(path: Path, text: str | None = None) -> Record:
     """The record in a file, or in ``text`` that is to become that file.
 
     Raises:
-        UnknownName: the run needs code that is not here, such as a loss that another script registers.
+        ForeignRecord: the run needs code that is not here, such as a loss that another script registers, or what is
+            registered here does not allow it.
         RecordError: it is not whole.
     """
     try:
@@ -208,9 +242,13 @@ def read_record(path: Path, text: str | None = None) -> Record:
         config = RunConfig.from_json(content["config"])
         record = Record(config, content["metrics"], content["history"], content["provenance"], path)
         identity = content["id"]
+        for part, keys in (("metrics", ("accuracy", "ece")), ("provenance", SOURCE)):
+            _ = [content[part][key] for key in keys]
     except UnknownName as error:
-        raise UnknownName(f"record {path} needs code that is not loaded: {error}") from error
-    except (MislasError, KeyError, TypeError, ValueError) as error:
+        raise ForeignRecord(f"record {path} needs code that is not loaded: {error}") from error
+    except MislasError as error:
+        raise ForeignRecord(f"record {path} does not fit what is registered here: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise RecordError(
             f"record {path} cannot be read ({type(error).__name__}: {error}); restore it, or delete it to run again"
         ) from error
@@ -240,10 +278,13 @@ def run(
         One record per configuration, in order.
 
     Raises:
-        MislasError: a run diverged. Whatever does not build on it was trained all the same.
+        MislasError: a run diverged: whatever does not build on it was trained all the same. Or a run cannot be, such as
+            one that holds images out of classes of one: nothing was trained.
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     options = options or Options()
+    for config in configs:
+        check_classes(config)
     check_together(options, distributed.world())
     left, diverged = configs, {}
     while True:
@@ -302,6 +343,17 @@ def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:
         for step in steps_to(config):
             groups.setdefault((step.stage2 is not None, step.shared_pass), {}).setdefault(step.id, step)
     return [list(group.values()) for group in groups.values()]
+
+
+def check_classes(config: RunConfig) -> None:
+    """Raise :class:`MislasError` if a class would have no image to train on, by the imbalance factor or since Stage-1
+    holds some out. Files are not read."""
+    smallest = smallest_class(config.dataset, config.imbalance, config.n_max)
+    if config.stage1.holdout is not None and smallest < 2:
+        raise MislasError(
+            f"{config.method} holds out images of every class, and the rarest of {config.data_title} has {smallest}; "
+            "use a smaller imbalance factor"
+        )
 
 
 def _done(group: Sequence[RunConfig], store: Store) -> bool:
@@ -384,6 +436,13 @@ def _run_group(
         trained = train_stage1(first, data, options, checkpoint, along_the_way, weights, experts)
     else:
         stage1 = store.get_weights(first.stage1_only, data.num_classes)
+        before = store.get(first.stage1_only)
+        if before is not None and before.provenance["data_checksum"] != data.checksum:
+            warnings.warn(
+                f"Stage-1 {before.config.id} was trained on other data than {data.name} is here (checksum "
+                f"{before.provenance['data_checksum']}, not {data.checksum}): another list, or another JPEG decoder",
+                stacklevel=2,
+            )
         if isinstance(first.stage2, Adjustment):
             trained = adjust(group, stage1, data, options)
         elif isinstance(first.stage2, FewShot | Memory):

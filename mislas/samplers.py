@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .errors import MislasError, unknown
+
 
 def instance_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
     """Every image once, in random order."""
@@ -56,3 +58,20 @@ SAMPLERS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]] = {
     "class_cyclic": class_cyclic,
     "reverse": reverse,
 }
+
+
+def draw(sampler: str, rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
+    """An epoch's indices by a sampler of :data:`SAMPLERS`, int64, one for each image of ``targets``.
+
+    Raises:
+        MislasError: an unknown sampler, or one that draws something else.
+    """
+    if sampler not in SAMPLERS:
+        unknown("sampler", sampler, SAMPLERS)
+    n, index = len(targets), np.asarray(SAMPLERS[sampler](rng, targets))
+    if index.shape != (n,) or index.dtype.kind not in "iu" or not (index.min() >= 0 and index.max() < n):
+        raise MislasError(
+            f"sampler {sampler!r} must draw as many indices as there are images, integers in 0 .. {n - 1}, shape "
+            f"({n},); it drew {index.dtype} of shape {index.shape}"
+        )
+    return index.astype(np.int64, copy=False)

@@ -17,12 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from . import paper
-from .config import RunConfig
+from .config import RunConfig, check_type, locate
 from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
 from .methods import SETTINGS, configure
 from .runs import Record, Store, run
 from .train import Options
+
+#: Fields that a study's overrides must not have, and what to do instead.
+WHICH = {
+    "dataset": "ask the tables and figures for it",
+    "imbalance": "ask the tables and figures for it",
+    "seed": "use seeds",
+}
 
 PROFILES = {
     "stored": "trains nothing; shows what is in the store",
@@ -161,6 +168,20 @@ def default_results_root() -> Path:
     return checkout if checkout.is_dir() else Path("results")
 
 
+def check_overrides(overrides: dict[str, Any]) -> None:
+    """Raise :class:`MislasError` for overrides that are no fields with values of their types, or that decide which runs
+    a page shows rather than how they are trained."""
+    if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+        raise MislasError(
+            "overrides is a dict of fields and values, {\"epochs\": 20}, for papermill -y '{overrides: {epochs: 20}}'; "
+            f"got {overrides!r}"
+        )
+    for key, value in overrides.items():
+        if key in WHICH:
+            raise MislasError(f"{key} says which run, not how it is trained, and is no override; {WHICH[key]}")
+        check_type(key, value, *locate(key))
+
+
 class Study:
     """The parameters that every notebook has.
 
@@ -173,7 +194,8 @@ class Study:
         overrides: fields of the configuration to change in every run; see :meth:`RunConfig.override`.
 
     Raises:
-        MislasError: unknown profile, bad seeds, or ``"full"`` without a data_root that exists.
+        MislasError: unknown profile, bad seeds or overrides, ``"stored"`` with a results_root or ``"full"`` with a
+            data_root that does not exist.
     """
 
     def __init__(
@@ -187,13 +209,18 @@ class Study:
     ):
         if profile not in PROFILES:
             unknown("profile", profile, PROFILES)
-        if seeds is not None and (
-            isinstance(seeds, str | int) or not seeds or not all(type(s) is int and s >= 0 for s in seeds)
+        if seeds is not None and not (
+            isinstance(seeds, list | tuple | range)
+            and seeds
+            and all(type(seed) is int and seed >= 0 for seed in seeds)
+            and len(set(seeds)) == len(seeds)
         ):
-            raise MislasError(f"seeds is a list of integers >= 0, such as [0, 1, 2], or null, got {seeds!r}")
+            raise MislasError(f"seeds is a list of different integers >= 0, such as [0, 1, 2], or null, got {seeds!r}")
         if profile == "full" and (data_root is None or not Path(data_root).is_dir()):
             raise DataError(f"profile 'full' needs data_root, an existing folder with the images, got {data_root!r}")
-        configure("digits", "mislas", overrides=overrides)  # a wrong override stops here, not after an hour
+        if profile == "stored" and results_root is not None and not Path(results_root).expanduser().is_dir():
+            raise DataError(f"profile 'stored' shows what is in results_root, an existing folder, got {results_root!r}")
+        check_overrides(overrides or {})  # a slip stops here, not after an hour
         self.profile, self.data_root = profile, data_root
         self.seeds = list(seeds) if seeds is not None else None
         self.overrides = dict(overrides or {})
@@ -204,6 +231,12 @@ class Study:
         else:
             self.store = Store(results_root or default_results_root())
             self.options = Options(device=device)
+
+    @property
+    def changed(self) -> str:
+        """What the overrides change, as captions say it: ``" With epochs=2."``; empty without any."""
+        fields = ", ".join(f"{key}={value}" for key, value in self.overrides.items())
+        return f" With {fields}." if fields else ""
 
     @property
     def kind(self) -> str:

@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 from . import paper
-from .campaign import OTHERS, Rates, estimate, files, images_per_second, jobs
+from .campaign import OTHERS, Rates, estimate, images_per_second, jobs
 from .config import RunConfig
 from .data import groups
+from .errors import unknown
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store
 from .study import ALL_OF_THEIRS, Asked, Rows, Study, authors_variants, missing_by_command
@@ -80,7 +81,7 @@ def table_of(
 ) -> Table:
     """A table with its data and provenance; where nothing is measured and the paper has nothing, only what would be in
     it."""
-    whole = caption + measured_on(study, shown)
+    whole = caption + measured_on(study, shown) + study.changed
     return Table(frame if shown or beside else pd.DataFrame(), whole, [*notes, study.provenance(shown)])
 
 
@@ -200,8 +201,8 @@ def table3(
 
 
 def _published_table3(dataset: str, method: str, imbalance: float) -> float | None:
-    numbers = paper.TABLE3[dataset].get(method)
-    return numbers[paper.IMBALANCES.index(imbalance)] if numbers else None
+    numbers = paper.TABLE3.get(dataset, {}).get(method)
+    return numbers[paper.IMBALANCES.index(imbalance)] if numbers and imbalance in paper.IMBALANCES else None
 
 
 def beside_authors_code(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
@@ -670,7 +671,7 @@ def how_to(
     configs = [config for method in methods for config in study.configs(dataset, method, imbalance, changes)]
     planned = jobs(configs, study.store)
     images = sum(job.passes for job in planned)
-    hours = estimate(planned, _rates(study.store.root, len(files(study.store))))
+    hours = estimate(planned, _rates(study.store.root, len(list(study.store.root.glob("*/*.json")))))
     cost = f"{images / 1e6:,.1f} million image passes" + (f", {hours}" if hours else "")
     return f"{study.command(dataset, methods, imbalance, changes)}  # {cost}"
 
@@ -882,6 +883,8 @@ def weight_norms(
 
 def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
     """How far our mean accuracy is from the paper's, in percentage points, where Table 3 has both."""
+    if dataset not in paper.TABLE3:
+        unknown("dataset of Table 3", dataset, paper.TABLE3)
     rows, shown = {}, []
     for method in paper.TABLE3[dataset]:
         cells = []

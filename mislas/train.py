@@ -41,7 +41,7 @@ from .models import (
     stage1_model,
     use_float32_products,
 )
-from .samplers import SAMPLERS
+from .samplers import draw
 
 if TYPE_CHECKING:
     from .pipeline import ImageBatches
@@ -139,7 +139,7 @@ def draw_batches(
     sampler: str | None = None,
 ) -> Iterator[tuple[tuple[Tensor, ...], float, Tensor | None]]:
     """One epoch: for each batch ((index, top, left, flip), lambda, partner), drawn on the host and moved in one go."""
-    index = SAMPLERS[sampler or stage.sampler](rng, targets)
+    index = draw(sampler or stage.sampler, rng, targets)
     n = len(index)
     top, left = rng.integers(2 * padding + 1, size=(2, n))
     mirrored = rng.integers(2, size=n).astype(bool) if flip else np.zeros(n, bool)
@@ -255,7 +255,7 @@ class ListBatches:
         """The batches of an epoch (from 0), by the stage's sampler or another."""
         stage, purpose = self.stage, (*self.purpose, epoch) if sampler is None else (*self.purpose, epoch, sampler)
         sampler = sampler or stage.sampler_in(epoch)
-        order = SAMPLERS[sampler](host_rng(*purpose), self.targets_host)  # what images.epoch draws first
+        order = draw(sampler, host_rng(*purpose), self.targets_host)  # what images.epoch draws first
         index = torch.from_numpy(order).to(self.device).split(stage.batch_size)
         sizes = [len(places) for places in index]
         drawn = zip(self.images.epoch(host_rng(*purpose), sampler), index, strict=True)
@@ -319,6 +319,11 @@ class Objective:
     def __call__(self, logits: Tensor, batch: Batch, epoch: int) -> Tensor:
         weights = None if self.class_weights is None or self.stage.deferred(epoch) else self.class_weights
         value = self.loss(logits, batch.targets)
+        if value.shape != batch.targets.shape:
+            raise MislasError(
+                f"loss {self.stage.loss!r} must give the loss of every image, shape {tuple(batch.targets.shape)}, and "
+                f"no mean of them; it gave shape {tuple(value.shape)}"
+            )
         if batch.partner_targets is None:
             return mean(value, None if weights is None else weights[batch.targets])
         value = torch.cat([value, self.loss(logits, batch.partner_targets)])

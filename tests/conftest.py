@@ -61,6 +61,7 @@ def killed(monkeypatch, kill_after):
 def made_up(tmp_path):
     """A function that puts a run with made-up predictions into the store under ``tmp_path / "results"``."""
     store = Store(tmp_path / "results")
+    store.root.mkdir()
 
     def put(
         dataset,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save as save_safetensors
 
-from mislas.campaign import campaign, images_per_second, jobs, merge, pack, parse_budget, wanted
+from mislas.archive import merge, pack
+from mislas.campaign import campaign, images_per_second, jobs, parse_budget, wanted
 from mislas.cli import main
 from mislas.errors import MislasError, RecordError
 from mislas.methods import configure
@@ -243,8 +244,8 @@ def measure(key, value):
         ("npz", None, r"without its \.npz"),
         ("json", None, "without its record"),
         ("json", lambda data: data.replace(b'"seed": 0', b'"seed": 7'), "was changed"),
-        ("json", lambda data: json.dumps(json.loads(data) | {"metrics": None}).encode(), "cannot be read|says None"),
-        ("json", lambda data: data.replace(b'"accuracy": ', b'"accurate": '), "cannot be read|says None"),
+        ("json", lambda data: json.dumps(json.loads(data) | {"metrics": None}).encode(), "cannot be read"),
+        ("json", lambda data: data.replace(b'"accuracy": ', b'"accurate": '), "cannot be read"),
         ("json", measure("accuracy", None), "its record says None"),
         ("json", measure("ece", "0.1"), r"its record says 0\.1"),
         ("json", measure("ece", float("nan")), "its record says nan"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mislas import cli
-from mislas.campaign import merge
+from mislas.archive import merge
 from mislas.cli import main, parse_overrides
 from mislas.errors import MislasError
 from mislas.runs import Store, run
@@ -143,3 +143,13 @@ def test_a_campaign_that_ends_early_packs_what_it_made(tmp_path, monkeypatch, ca
     assert "3 files packed" in printed.out
     assert "the second diverged" in printed.err
     assert [record.config.method for record in merge(tmp_path / "new.tar", Store(tmp_path / "other"))] == ["ce"]
+
+
+def test_which_runs_are_meant_is_no_matter_of_set():
+    with pytest.raises(MislasError, match="for which runs there is --imbalance"):
+        parse_overrides(["imbalance=10"])
+
+
+def test_a_store_that_is_not_there_is_no_empty_store(tmp_path, capsys):
+    assert main(["list", "--results-root", str(tmp_path / "typo")]) == 2
+    assert "typo is no folder" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -142,3 +142,18 @@ def test_decoupled_methods_come_with_and_without_mixup_and_shift():
         assert [c.stage1.mixup for c in (plain, mixed, shifted, both)] == [None, 1.0, None, 1.0]
         switch = "shift_epochs" if name in ("tau-norm", "ncm") else "shift_bn"
         assert [bool(getattr(c.stage2, switch)) for c in (plain, mixed, shifted, both)] == [False, False, True, True]
+
+
+def test_a_slip_in_a_recipe_names_the_method_and_the_field(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["ce"], stage1={"los": "focal"}))
+    with pytest.raises(MislasError, match=r"method 'mine': .*'los'"):
+        configure("digits", "mine")
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["crt"], stage2={"a": 0}))
+    with pytest.raises(MislasError, match=r"method 'mine': .*missing"):
+        configure("digits", "mine")
+
+
+def test_a_dataset_without_settings_says_where_they_go(monkeypatch):
+    monkeypatch.setitem(SPECS, "mine", SPECS["digits"])
+    with pytest.raises(MislasError, match=r"no settings to train mine with: add an entry to mislas.methods.SETTINGS"):
+        configure("mine", "ce")

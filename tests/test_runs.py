@@ -20,11 +20,11 @@ from torchmetrics.functional.classification import binary_calibration_error
 from mislas import runs
 from mislas.augment import Images
 from mislas.data import SPECS, Dataset, load
-from mislas.errors import MislasError, RecordError, UnknownName
+from mislas.errors import ForeignRecord, MislasError, RecordError
 from mislas.evaluate import predict
 from mislas.methods import configure
 from mislas.models import backbone
-from mislas.runs import Store, finish, plan, run
+from mislas.runs import SOURCE, Store, finish, plan, run
 from mislas.samplers import SAMPLERS
 from mislas.train import Options, OutOfTime, Trained
 
@@ -410,12 +410,12 @@ def test_runs_of_code_that_is_not_loaded_are_left_out_with_one_warning(store, mo
         patch.setitem(SAMPLERS, "mine", SAMPLERS["class_cyclic"])
         of_mine, by_mine = replace(CE, dataset="mine"), CE.override({"stage1.sampler": "mine"})
         for each in (of_mine, by_mine):
-            store.put(each, {"accuracy": 0.5}, [], {}, {})
+            store.put(each, {"accuracy": 0.5, "ece": 0.1}, [], {}, dict.fromkeys(SOURCE, ""))
         assert len(list(store)) == 4
     with pytest.warns(UserWarning, match=r"left out: .*needs code .*\(1 more like it\)") as caught:
         assert {record.config.id for record in store} == {CE.id, LWS.id}
     assert len(caught) == 1
-    with pytest.raises(UnknownName, match=f"{by_mine.id}.json needs code that is not loaded: unknown stage1.sam"):
+    with pytest.raises(ForeignRecord, match=f"{by_mine.id}.json needs code that is not loaded: unknown stage1.sam"):
         store.get(by_mine)
 
 
@@ -423,7 +423,7 @@ def test_runs_of_code_that_is_not_loaded_are_left_out_with_one_warning(store, mo
 def test_damaged_arrays_are_refused_in_one_line(store, damage):
     path = store.get(CE).path.with_suffix(".npz")
     damage(path)
-    with pytest.raises(RecordError, match=r"cannot be read .*restore it or run again") as caught:
+    with pytest.raises(RecordError, match=r"cannot be read .*restore it, or delete its .json") as caught:
         store.get(CE).predictions()
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -444,7 +444,7 @@ def test_damaged_weights_are_refused_in_one_line_and_never_overwritten(store, da
 def test_weights_of_another_network_are_refused(store):
     other = config("ce", backbone="resnet14")
     shutil.copy(store.find(CE, ".safetensors"), store.path(other, ".safetensors"))
-    with pytest.raises(RecordError, match="is damaged"):
+    with pytest.raises(RecordError, match=f"has the weights of run {CE.id}, not of {other.id}"):
         store.get_weights(other, 10)
 
 
@@ -473,3 +473,51 @@ def test_runs_of_several_imbalance_factors_each_have_their_data(tmp_path):
     for record in run(configs, Store(tmp_path), options=OPTIONS):
         expected = load("digits", imbalance=record.config.imbalance).class_counts
         assert tuple(record.provenance["class_counts"]) == tuple(record.arrays()["class_counts"]) == expected
+
+
+def test_a_record_that_its_dataset_no_longer_allows_is_left_out(store, monkeypatch):
+    """The digits have 124 images of a class; cut to 20 of each by another registration, 100 are too many."""
+    with monkeypatch.context() as patch:
+        patch.setitem(SPECS, "mine", SPECS["digits"])
+        store.put(
+            replace(CE, dataset="mine", n_max=100), {"accuracy": 0.5, "ece": 0.1}, [], {}, dict.fromkeys(SOURCE, "")
+        )
+        patch.setitem(SPECS, "mine", replace(SPECS["digits"], train_per_class=60))
+        with pytest.warns(UserWarning, match=r"left out: .*does not fit .* here: n_max must be in 1 .. 60"):
+            assert {record.config.id for record in store} == {CE.id, LWS.id}
+
+
+@pytest.mark.parametrize("lost", [("metrics", "accuracy"), ("provenance", "date"), ("metrics",)])
+def test_a_record_without_a_part_is_refused_in_one_line(store, lost):
+    path = store.find(CE)
+    content = json.loads(path.read_text())
+    *outer, last = lost
+    (content[outer[0]] if outer else content).pop(last)
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=f"cannot be read .*{last}.*restore it"):
+        list(store)
+
+
+def test_stage_2_says_that_its_stage_1_saw_other_data(store, tmp_path):
+    path = store.find(CE)
+    content = json.loads(path.read_text())
+    content["provenance"]["data_checksum"] = "0" * 16
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=f"Stage-1 {CE.id} was trained on other data than digits is here"):
+        run(config("crt"), store, options=OPTIONS)
+
+
+def test_what_cannot_be_trained_stops_the_rest_before_it_begins(tmp_path):
+    """At imbalance factor 100 the rarest of the digits has one image: none to hold out."""
+    store = Store(tmp_path)
+    impossible = configure("digits", "temperature", 100)
+    with pytest.raises(MislasError, match=r"temperature holds out images of every class, and the rarest of .* has 1"):
+        run([config("ce"), impossible], store, options=OPTIONS)
+    with pytest.raises(MislasError, match="leaves class 7 with no image"):
+        run([config("ce"), configure("digits", "ce", 1000)], store, options=OPTIONS)
+    assert list(store) == []
+
+
+def test_a_method_of_any_name_has_a_file_of_its_own(tmp_path):
+    named = replace(CE, method="a/b c")
+    assert Store(tmp_path).path(named, ".json").name == f"a-b-c-s0-{CE.id}.json"

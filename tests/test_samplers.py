@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from mislas.samplers import SAMPLERS, class_balanced, class_cyclic, instance_balanced, reverse
+from mislas.errors import MislasError
+from mislas.samplers import SAMPLERS, class_balanced, class_cyclic, draw, instance_balanced, reverse
 
 COUNTS = (30, 10, 4, 1)
 TARGETS = np.random.default_rng(5).permutation(np.repeat(np.arange(4), COUNTS))
@@ -78,3 +79,25 @@ def test_a_seed_decides_an_epoch_of_as_many_indices_as_images(sampler):
     assert one == two != other
     assert len(one) == 45
     assert set(one) <= set(range(45))
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        lambda rng, targets: np.arange(len(targets) - 1),
+        lambda rng, targets: np.ones(len(targets), bool),
+        lambda rng, targets: np.arange(len(targets)) / 2,
+        lambda rng, targets: np.arange(len(targets)) + 1,
+        lambda rng, targets: np.arange(len(targets)) - 1,
+    ],
+    ids=["too few", "booleans", "fractions", "beyond the end", "negative"],
+)
+def test_a_sampler_that_draws_something_else_is_refused(monkeypatch, drawn):
+    monkeypatch.setitem(SAMPLERS, "mine", drawn)
+    with pytest.raises(MislasError, match="sampler 'mine' must draw as many indices as there are images"):
+        draw("mine", np.random.default_rng(0), TARGETS)
+
+
+def test_an_unknown_sampler_lists_the_known_ones():
+    with pytest.raises(MislasError, match="did you mean 'reverse'"):
+        draw("revers", np.random.default_rng(0), TARGETS)

@@ -174,7 +174,14 @@ def test_a_panel_may_have_changes_of_its_own(store):
         ({"seeds": 3}, MislasError, "seeds is a list"),
         ({"seeds": [-1]}, MislasError, "seeds is a list"),
         ({"overrides": {"epoch": 3}}, MislasError, "unknown field 'epoch'"),
-        ({"overrides": {"eps_1": 2.0}}, MislasError, "eps_1"),
+        ({"overrides": {"eps_1": "high"}}, MislasError, "eps_1 takes float"),
+        ({"overrides": '{"epochs": 2}'}, MislasError, "overrides is a dict"),
+        ({"overrides": {1: 2}}, MislasError, "overrides is a dict"),
+        ({"overrides": {"imbalance": 10}}, MislasError, "imbalance says which run"),
+        ({"overrides": {"seed": 1}}, MislasError, "use seeds"),
+        ({"seeds": [0, 0]}, MislasError, "different integers"),
+        ({"seeds": 0.5}, MislasError, "seeds is a list"),
+        ({"results_root": "/nowhere"}, DataError, "an existing folder, got '/nowhere'"),
     ],
 )
 def test_bad_parameters_stop_at_once(arguments, error, message):
@@ -309,3 +316,18 @@ def test_all_of_the_authors_variants_is_their_configuration():
     assert (stage.eps_1, stage.eps_k, stage.delta_lr, stage.shift_bn) == (0.2, 0.0, 0.1, True)
     assert ALL_OF_THEIRS not in authors_variants("cifar10", 20)  # they published none
     assert THEIR_FACTORS not in authors_variants("cifar10", 100)  # those of Table 5
+
+
+def test_overrides_may_suit_another_dataset_than_the_digits():
+    """More images than the digits have of a class; weights for a network that they are not trained with."""
+    (balanced,) = Study("stored", overrides={"n_max": 1240}).configs("cifar10", "ce", 1)
+    (pretrained,) = Study("stored", overrides={"weights": "0123abcd"}).configs("places-lt", "ce")
+    assert (balanced.n_max, pretrained.stage1.weights) == (1240, "0123abcd")
+
+
+def test_captions_name_the_overrides(made_up):
+    made_up("cifar10", "ce", {"stage1.weight_decay": 5e-4})
+    study = Study(results_root=made_up.root, overrides={"stage1.weight_decay": 5e-4})
+    assert table3(study, "cifar10", [100], ["ce"]).caption.endswith(" With stage1.weight_decay=0.0005.")
+    figure = reliability_figure(study, "cifar10", [("CE", "ce", 100)])
+    assert "with stage1.weight_decay=0.0005" in figure.get_suptitle()

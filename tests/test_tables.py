@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mislas.errors import MislasError
 from mislas.methods import configure
 from mislas.study import ALL_OF_THEIRS, LEARNED, Study, authors_variants
 from mislas.tables import (
@@ -301,3 +302,11 @@ def test_the_authors_published_numbers_stand_beside_ours(made_up):
     first, second, third = table.frame["measured", "accuracy"]
     assert (first[-1] != "*", second, third[-1]) == (True, "–", "*")
     assert "mislas train --dataset cifar10 --imbalance 50 --method mislas --data-root DIR" in table.notes[0]
+
+
+def test_an_imbalance_factor_that_the_paper_lacks_stands_alone(made_up):
+    made_up("cifar10", "ce", imbalance=20)
+    table = table3(Study(results_root=made_up.root), "cifar10", [20], ["ce"])
+    assert [column for _, column in table.frame.columns] == ["measured", "ECE"]
+    with pytest.raises(MislasError, match="unknown dataset of Table 3 'tinyimagenet32'"):
+        distance(Study(results_root=made_up.root), "tinyimagenet32")

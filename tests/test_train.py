@@ -17,7 +17,7 @@ from mislas.augment import Images
 from mislas.data import load
 from mislas.errors import MislasError, RecordError
 from mislas.evaluate import predict
-from mislas.losses import effective_number_weights
+from mislas.losses import LOSSES, LossSpec, effective_number_weights
 from mislas.methods import ONE_STAGE, configure
 from mislas.models import backbone, init_kaiming, stage1_model
 from mislas.train import (
@@ -519,3 +519,11 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(device):
     with pytest.raises(MislasError, match=f"device '{device}' cannot be used here .*try 'cpu'") as caught:
         Options(device=device).torch_device()
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_gives_a_mean_is_refused(monkeypatch, digits):
+    """As functional losses do by default: class weights and mixed labels would silently do nothing."""
+    monkeypatch.setitem(LOSSES, "mine", LossSpec(lambda class_counts: torch.nn.functional.cross_entropy))
+    config = digits_config("ce").override({"stage1.loss": "mine"})
+    with pytest.raises(MislasError, match=r"loss 'mine' must give the loss of every image, .* gave shape \(\)"):
+        train_stage1(config, digits, Options(device="cpu", progress=False))

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from roofline import peaks, roofline_seconds, work
-from torch import nn
+from torch import get_num_threads, nn
 
 from mislas import Dataset, Options, RunConfig, configure
 from mislas.models import backbone, native_bfloat16, use_float32_products
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if options.compile:
         loops["not compiled"] = ours(data, replace(options, compile=False))
-    threads = torch.get_num_threads()
+    threads = get_num_threads()
     if device.type == "cpu" and threads > 1:
         loops["at once"] = at_once(threads, data, options)
     for name in loops.keys() & {"usual", "bare", "at once"}:  # the others leave out their first epoch

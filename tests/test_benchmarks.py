@@ -20,7 +20,7 @@ def script(monkeypatch):
 def test_the_benchmark_runs_and_saves_rates_and_ratios(script, tmp_path, monkeypatch, capsys):
     benchmark, saved = script("train"), tmp_path / "here.json"
     monkeypatch.setattr(benchmark, "BACKBONE", "resnet8")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(benchmark, "get_num_threads", lambda: 2)
     benchmark.main(["--images", "128", "--repeats", "1", "--device", "cpu", "--save", str(saved)])
     found, printed = json.loads(saved.read_text()), capsys.readouterr().out
     assert set(found["images_per_second"]) == {

@@ -2,7 +2,7 @@
 
 from mislas.cards import card, cards, settings
 from mislas.methods import METHODS, configure
-from mislas.runs import Store
+from mislas.runs import SOURCE, Store
 from mislas.study import Study
 
 
@@ -35,7 +35,7 @@ def test_variants_share_a_card_and_each_has_its_standing(tmp_path):
 
 def test_a_card_shows_where_a_method_stands(tmp_path):
     metrics = {"accuracy": 0.7123, "ece": 0.0456}
-    source = {"date": "2026-01-01", "device": "CPU", "seconds": 1}
+    source = dict.fromkeys(SOURCE, "")
     Store(tmp_path).put(configure("cifar10-jpeg", "ce"), metrics, [], {}, source)
     text = card("ce", Study("stored", results_root=tmp_path))
     assert "*measured* on `cifar10-jpeg`, IF 100: accuracy 71.2%, ECE 4.6%, n = 1" in text

@@ -251,7 +251,7 @@ class Outcome:
         found: their records.
         new, old: those of equal data and seeds; if there are none, so is what follows.
         effect: ``new`` minus ``old`` in points, mean over seeds.
-        spread: standard deviation (n - 1) of the seeds' effects; None of a single one.
+        deviation: standard deviation (n - 1) of the seeds' effects; None of a single one.
         low, high: see :func:`effect`.
         says: see :func:`verdict`.
     """
@@ -261,13 +261,13 @@ class Outcome:
     new: list[Record]
     old: list[Record]
     effect: float = math.nan
-    spread: float | None = None
+    deviation: float | None = None
     low: float = math.nan
     high: float = math.nan
     says: str = NOT_MEASURED
 
     def __str__(self) -> str:
-        return DASH if not self.new else f"{self.effect:+.1f}" + (f" ± {self.spread:.1f}" if self.spread else "")
+        return DASH if not self.new else f"{self.effect:+.1f}" + (f" ± {self.deviation:.1f}" if self.deviation else "")
 
 
 def outcome(study: Study, dataset: str, c: Comparison) -> Outcome:

@@ -317,16 +317,18 @@ def summary(study: Study, dataset: str) -> Table:
     for claim in CLAIMS:
         outcomes = [outcome(study, dataset, c) for c in claim.comparisons]
         shown += [record for o in outcomes for record in o.new + o.old]
-        measured = [(c.measure, o.effect) for c, o in zip(claim.comparisons, outcomes, strict=True) if o.new]
-        spans = [_span([effect for measure, effect in measured if measure == key]) for key in ("accuracy", "ece")]
-        rows[f"{claim.name}: {claim.text}"] = [o.says for o in outcomes], spans
+        by_measure = [
+            [o for c, o in zip(claim.comparisons, outcomes, strict=True) if o.new and c.measure == key]
+            for key in ("accuracy", "ece")
+        ]
+        rows[f"{claim.name}: {claim.text}"] = [o.says for o in outcomes], by_measure
     norms = [norms_outcome(study, dataset, pair, 100) for pair in NORMS.values()]
     shown += [record for o in norms for record in o.new + o.old]
-    rows[f"C7: {NORMS_CLAIM}"] = [o.says for o in norms], [DASH, DASH]
+    rows[f"C7: {NORMS_CLAIM}"] = [o.says for o in norms], [[], []]
     cells = []
-    for says, spans in rows.values():
+    for says, by_measure in rows.values():
         counts = [says.count(kind) for kind in MARKS]
-        cells.append([*counts, len(says) - sum(counts), *spans])
+        cells.append([*counts, len(says) - sum(counts), *(_span(outcomes, shown) for outcomes in by_measure)])
     frame = pd.DataFrame(cells, index=list(rows), columns=[*MARKS.values(), DASH, "accuracy", "ECE"])
     caption = (
         f"Comparisons per claim, {study.title(dataset)}, IF 100: {LEGEND}, {DASH} not measured. Effects on accuracy "
@@ -335,10 +337,10 @@ def summary(study: Study, dataset: str) -> Table:
     return table_of(study, frame, caption, [], shown, beside=True)
 
 
-def _span(effects: Sequence[float]) -> str:
+def _span(outcomes: Sequence[Outcome], shown: Sequence[Record]) -> str:
     """The lowest and the highest effect, as text."""
-    ends = [f"{end:+.1f}" for end in (min(effects), max(effects))] if effects else [DASH]
-    return " to ".join(dict.fromkeys(ends))
+    ends = [of(outcomes, key=lambda o: o.effect) for of in (min, max)] if outcomes else []
+    return " to ".join(dict.fromkeys(f"{o.effect:+.1f}{star(o.new, shown)}" for o in ends)) or DASH
 
 
 def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:

@@ -225,7 +225,9 @@ def beside_authors_code(study: Study, dataset: str, imbalances: Sequence[float] 
     cells: dict[tuple[str, str], list[str]] = {}
     for place, (head, key) in enumerate({"accuracy": "accuracy", "ECE": "ece"}.items()):
         if beside:
-            cells["authors' code", head] = [f"{numbers[place]:g}" for numbers, _ in rows.values()]
+            cells["authors' code", head] = [
+                f"{numbers[place]:{'.1f' if key == 'accuracy' else 'g'}}" for numbers, _ in rows.values()
+            ]
         cells[study.kind, head] = [_metric(records, key, DASH) + star(records, shown) for records in found]
     frame = pd.DataFrame(cells, index=list(rows))
     frame = frame[sorted(frame.columns, key=lambda column: column[0] == study.kind)]

@@ -124,7 +124,8 @@ def reliability_figure(
     rows = -(-len(panels) // columns)
     shown = []
     with plt.rc_context(STYLE):
-        size = (3.2 * columns, 3.5 * rows)
+        below = 0.0 if len(panels) < rows * columns else 0.9  # inches of the legend
+        size = (3.2 * columns, 3.5 * rows + below)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         flat = axes.ravel()
         for i, (ax, (heading, *_), records) in enumerate(zip(flat, panels, found, strict=False)):
@@ -147,7 +148,7 @@ def reliability_figure(
             plt.Line2D([], [], color=GREY, linestyle="--", label="perfect calibration"),
             plt.Rectangle((0, 0), 1, 1, color=GREY, alpha=0.55, label="share of test images"),
         ]
-        if len(panels) < len(flat):
+        if not below:
             flat[len(panels)].legend(handles=handles, loc="center left", frameon=False)
         else:
             figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)

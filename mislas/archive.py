@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import re
 import tarfile
@@ -17,7 +16,7 @@ from .config import RunConfig
 from .data import write_atomically
 from .errors import RecordError
 from .evaluate import BINS, reliability
-from .runs import Record, Store, read_record, read_weights
+from .runs import Record, Store, group_id, read_record, read_weights
 
 _MEMBER = re.compile(r"\w[\w.-]*/\w[\w.-]*\.(json|npz|safetensors|ckpt)")
 _SUFFIXES = (".npz", ".safetensors", ".json")  # records last: what has one is complete
@@ -185,12 +184,12 @@ def _read_checkpoint(data: bytes, path: Path) -> Checkpoint:
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         runs, epoch = content["runs"], int(content["epoch"])
-        own = runs[0] if len(runs) == 1 else hashlib.sha256("".join(runs).encode()).hexdigest()[:12]
+        own = group_id(runs)
     except Exception as error:
         raise RecordError(
             f"{path} is damaged ({type(error).__name__}); restore it, or delete it to start its runs afresh"
         ) from error
-    if not path.stem.endswith(f"-{own}"):  # see Store.checkpoint
+    if not path.stem.endswith(f"-{own}"):
         raise RecordError(f"{path} does not belong there; it is the checkpoint of {', '.join(runs)}")
     return runs, epoch
 

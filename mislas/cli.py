@@ -29,7 +29,7 @@ from .evaluate import BINS, predict, summarise
 from .lists import check, load_lists
 from .methods import METHODS, configure
 from .runs import Record, Store, device_name, run
-from .study import default_results_root
+from .study import WHICH, default_results_root
 from .train import Options, plain_images
 
 EXAMPLES = """\
@@ -296,7 +296,7 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
             value = json.loads(text)
         except json.JSONDecodeError:
             value = text
-        if key in ("dataset", "imbalance", "seed"):
+        if key in WHICH:
             raise MislasError(f"--set changes how runs are trained; for which runs there is --{key}; got {pair!r}")
         digits = isinstance(value, int | float) and takes_text(key)  # a checksum may look like a number
         overrides[key] = text if digits else value
@@ -314,9 +314,8 @@ def _configs(arguments: argparse.Namespace) -> list[RunConfig]:
 
 
 def _options(arguments: argparse.Namespace) -> Options:
-    how = {name: getattr(arguments, name) for name in ("device", "compile", "workers", "together")}
-    if "eval_every" in arguments:
-        how["eval_every"] = arguments.eval_every
+    names = ("device", "compile", "eval_every", "workers", "together")  # a campaign has no eval_every
+    how = {name: getattr(arguments, name) for name in names if name in arguments}
     return Options(progress=not arguments.quiet, **how)
 
 

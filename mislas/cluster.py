@@ -252,15 +252,15 @@ def check_entries(jobs: Sequence[ClusterJob]) -> None:
     """Raise :class:`MislasError` if something that a script registered cannot be sent to the process of a job."""
     import cloudpickle  # submitit's
 
-    for job in jobs:
-        for registry, name, entry in job.entries:
-            try:
-                cloudpickle.dumps(entry)
-            except Exception as error:  # each kind of object has its own
-                raise MislasError(
-                    f"{name!r} of {registry} cannot be sent to a job ({_last_line(str(error))}); functions and plain "
-                    "data can: open files, make locks and the like where they are called"
-                ) from error
+    entries = {(registry, name): entry for job in jobs for registry, name, entry in job.entries}  # each once
+    for (registry, name), entry in entries.items():
+        try:
+            cloudpickle.dumps(entry)
+        except Exception as error:  # each kind of object has its own
+            raise MislasError(
+                f"{name!r} of {registry} cannot be sent to a job ({_last_line(str(error))}); functions and plain "
+                "data can: open files, make locks and the like where they are called"
+            ) from error
 
 
 def submit(jobs: Sequence[ClusterJob], executor: submitit.AutoExecutor) -> list[submitit.Job]:

@@ -28,9 +28,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from . import distributed
 from .data import ListSpec, write_atomically
-from .errors import DataError, MislasError, unknown
+from .errors import DataError, MislasError
 from .lists import PREPARED, ImageList, in_threads, read_image
-from .samplers import SAMPLERS
+from .samplers import draw
 
 #: In place of an image's seed: the test crop.
 PLAIN = -1
@@ -197,9 +197,7 @@ class ImageBatches:
             DataError: an image that cannot be read.
             MislasError: an unknown sampler.
         """
-        if sampler not in SAMPLERS:
-            unknown("sampler", sampler, SAMPLERS)
-        index = SAMPLERS[sampler](rng, self.images.targets.numpy())
+        index = draw(sampler, rng, self.images.targets.numpy())
         n, strength = len(index), self.spec.jitter
         seeds = rng.integers(2**62, size=n)
         mirrored = rng.integers(2, size=n).astype(bool)

@@ -284,10 +284,21 @@ def outcome(study: Study, dataset: str, c: Comparison) -> Outcome:
     return Outcome(asked, found, new, old, middle, spread, low, high, verdict(c.expected, low, high))
 
 
+def _shown(outcomes: Iterable[Outcome]) -> list[Record]:
+    """The records that were compared."""
+    return [record for o in outcomes for record in o.new + o.old]
+
+
+def _missing(study: Study, dataset: str, outcomes: Sequence[Outcome]) -> list[str]:
+    """How to measure what is missing."""
+    asked, found = [run for o in outcomes for run in o.asked], [records for o in outcomes for records in o.found]
+    return missing_notes(study, dataset, asked, found)
+
+
 def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     """A claim's comparisons on one dataset: effect, interval, seeds, verdict; and how to measure what is missing."""
     outcomes = [outcome(study, dataset, c) for c in claim.comparisons]
-    shown = [record for o in outcomes for record in o.new + o.old]
+    shown = _shown(outcomes)
     cells = [
         [
             c.name,
@@ -301,9 +312,8 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     ]
     columns = ["measure", "claimed", study.kind, "95% interval", "runs each", "verdict"]
     frame = pd.DataFrame(cells, index=[c.title for c in claim.comparisons], columns=columns)
-    asked, found = ([run for o in outcomes for run in runs(o)] for runs in (lambda o: o.asked, lambda o: o.found))
     caption = f"{claim.name}, {study.title(dataset)}, IF 100: differences in points, bootstrap over the test images."
-    return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown, beside=True)
+    return table_of(study, frame, caption, _missing(study, dataset, outcomes), shown, beside=True)
 
 
 MARKS = {"supports": "✓", "contradicts": "✗", "leaves open": "?"}
@@ -316,14 +326,14 @@ def summary(study: Study, dataset: str) -> Table:
     rows, shown = {}, []
     for claim in CLAIMS:
         outcomes = [outcome(study, dataset, c) for c in claim.comparisons]
-        shown += [record for o in outcomes for record in o.new + o.old]
+        shown += _shown(outcomes)
         by_measure = [
             [o for c, o in zip(claim.comparisons, outcomes, strict=True) if o.new and c.measure == key]
             for key in ("accuracy", "ece")
         ]
         rows[f"{claim.name}: {claim.text}"] = [o.says for o in outcomes], by_measure
     norms = [norms_outcome(study, dataset, pair, 100) for pair in NORMS.values()]
-    shown += [record for o in norms for record in o.new + o.old]
+    shown += _shown(norms)
     rows[f"C7: {NORMS_CLAIM}"] = [o.says for o in norms], [[], []]
     cells = []
     for says, by_measure in rows.values():
@@ -355,7 +365,7 @@ def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBAL
             if any(o.new for o in outcomes[1:]):
                 cells = [(f"{o} {MARKS[o.says]}" if o.new else DASH, o.new) for o in outcomes]
                 rows[f"{claim.name}, {c.title}: {c.name}"] = cells
-                shown += [record for o in outcomes for record in o.new + o.old]
+                shown += _shown(outcomes)
     columns = [f"IF {imbalance:g}" for imbalance in imbalances]
     frame = pd.DataFrame.from_dict(starred(rows, shown), orient="index", columns=columns)
     caption = f"Effects in points at each imbalance factor, {study.title(dataset)}: {LEGEND}."
@@ -401,12 +411,11 @@ def norm_balance(
     shown, notes = [], []
     for imbalance in imbalances:
         outcomes = [norms_outcome(study, dataset, pair, imbalance, changes) for pair in NORMS.values()]
-        asked, found = ([run for o in outcomes for run in runs(o)] for runs in (lambda o: o.asked, lambda o: o.found))
-        notes += missing_notes(study, dataset, asked, found)
+        notes += _missing(study, dataset, outcomes)
         columns[f"IF {imbalance:g}"] = [
             (f"{o.low:.2f} → {o.high:.2f} {MARKS[o.says]}" if o.new else DASH, o.new) for o in outcomes
         ]
-        shown += [record for o in outcomes for record in o.new + o.old]
+        shown += _shown(outcomes)
     caption = (
         "Mean weight norm of the rarer half of the classes over that of the other half, without and with mixup in "
         f"Stage-1, {title or study.title(dataset)}: {MARKS['supports']} it rises, {MARKS['contradicts']} it falls."

@@ -140,10 +140,10 @@ class Store:
 
     def checkpoint(self, group: Sequence[RunConfig]) -> Path:
         """Where runs that train together keep their checkpoint: a name that no other group has."""
+        path = self.path(group[0], ".ckpt")
         if len(group) == 1:
-            return self.path(group[0], ".ckpt")
-        together = hashlib.sha256("".join(config.id for config in group).encode()).hexdigest()[:12]
-        return self.path(group[0], ".ckpt").with_name(f"together-s{group[0].seed}-{together}.ckpt")
+            return path
+        return path.with_name(f"together-s{group[0].seed}-{group_id([config.id for config in group])}.ckpt")
 
     def under_way(self) -> list[Path]:
         """Checkpoints of runs that have not finished."""
@@ -201,6 +201,11 @@ class Store:
                 f"{path} is damaged ({type(error).__name__}); delete it and train Stage-1 again"
             ) from error
         return network, head
+
+
+def group_id(runs: Sequence[str]) -> str:
+    """What the checkpoint of runs that train together is called by: one's identity, or 12 hex digits for several."""
+    return runs[0] if len(runs) == 1 else hashlib.sha256("".join(runs).encode()).hexdigest()[:12]
 
 
 def read_weights(content: bytes, run: str, path: Path) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from .methods import SETTINGS, configure
 from .runs import Record, Store, run
 from .train import Options
 
-#: Fields that a study's overrides must not have, and what to do instead.
+#: Fields that say which run, not how it is trained: no overrides; and what to do instead.
 WHICH = {
     "dataset": "ask the tables and figures for it",
     "imbalance": "ask the tables and figures for it",
@@ -328,8 +328,8 @@ class Study:
             configs = [config for group in groups for config in group]
             records = iter(run(configs, self.store, self.data_root, self.options))
             return [[next(records) for _ in group] for group in groups]
-        stored = [[list(self._stored(name, *one).values()) for name in self.datasets(dataset)] for one in asked]
-        return [next(filter(None, found), []) for found in stored]
+        names = self.datasets(dataset)
+        return [next(filter(None, (list(self._stored(name, *one).values()) for name in names)), []) for one in asked]
 
     def side_by_side(self, dataset: str, asked: Sequence[Asked]) -> list[list[Record]]:
         """What :meth:`each` gives, for runs that are to be compared.

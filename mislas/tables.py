@@ -223,14 +223,12 @@ def beside_authors_code(study: Study, dataset: str, imbalances: Sequence[float] 
     shown = [record for records in found for record in records]
     beside = study.kind != "tiny"
     cells: dict[tuple[str, str], list[str]] = {}
-    for place, (head, key) in enumerate({"accuracy": "accuracy", "ECE": "ece"}.items()):
-        if beside:
-            cells["authors' code", head] = [
-                f"{numbers[place]:{'.1f' if key == 'accuracy' else 'g'}}" for numbers, _ in rows.values()
-            ]
+    if beside:
+        cells["authors' code", "accuracy"] = [f"{accuracy:.1f}" for (accuracy, _), _ in rows.values()]
+        cells["authors' code", "ECE"] = [f"{ece:g}" for (_, ece), _ in rows.values()]
+    for head, key in {"accuracy": "accuracy", "ECE": "ece"}.items():
         cells[study.kind, head] = [_metric(records, key, DASH) + star(records, shown) for records in found]
     frame = pd.DataFrame(cells, index=list(rows))
-    frame = frame[sorted(frame.columns, key=lambda column: column[0] == study.kind)]
     caption = f"Top-1 accuracy and ECE (%), {study.title(dataset)}: published with the authors' code, and ours."
     return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown, beside)
 

@@ -82,13 +82,14 @@ def table_of(
     """A table with its data and provenance; where nothing is measured and the paper has nothing, only what would be in
     it."""
     whole = caption + measured_on(study, shown) + study.changed
-    return Table(frame if shown or beside else pd.DataFrame(), whole, [*notes, study.provenance(shown)])
+    sources = [study.provenance(shown)] if shown else []
+    return Table(frame if shown or beside else pd.DataFrame(), whole, [*notes, *sources])
 
 
 def measured_on(study: Study, shown: Sequence[Record]) -> str:
     """The end of a caption: whose numbers these are, the images that the runs saw, and what :func:`star` means."""
     if not shown:
-        return ""
+        return " Nothing of it is measured yet."
     if study.kind == "tiny":
         return " Tiny smoke runs: they show that the code runs, not what the paper found."
     exact, *copies = _used(shown)
@@ -126,7 +127,7 @@ def compare(
     With the tiny profile the paper's numbers are left out: a smoke run is never set beside them. Where the paper has
     none, so is their column, and what is measured comes from one dataset (:meth:`mislas.study.Study.side_by_side`).
     Beside the paper's, a cell comes from the exact dataset where that is measured; if others of the table do not, these
-    are marked. A cell that has not been measured says so. Notes under the table name the commands for both.
+    are marked. A cell that has not been measured has a mark, too. Notes under the table name the commands for both.
 
     Args:
         study: whose runs to show.
@@ -140,43 +141,26 @@ def compare(
     beside = study.kind != "tiny" and any(
         published(method, imbalance) is not None for method in methods for imbalance in imbalances
     )
-    found: dict[tuple[float, str], list[Record]] = {}
+    asked: list[Asked] = []
+    found: list[list[Record]] = []
     for imbalance in imbalances:
-        asked = [(method, imbalance, {}) for method in methods]
-        measured = study.each(dataset, asked) if beside else study.side_by_side(dataset, asked)
-        found |= {(imbalance, method): records for method, records in zip(methods, measured, strict=True)}
-    shown = [record for records in found.values() for record in records]
-    notes, columns = [], {}
-    marks = iter(string.ascii_lowercase)
-    for imbalance in imbalances:
-        head = f"IF {imbalance:g}"
-        missing: list[str] = []
-        copied: list[str] = []
-        mark = None
-        accuracy, ece = [], []
-        for method in methods:
-            records = found[imbalance, method]
-            if records:
-                many = f" (n={len(records)})" if len(records) > 1 else ""
-                marked = star(records, shown)
-                if marked:
-                    copied.append(method)
-                accuracy.append(percent([r.metrics["accuracy"] for r in records]) + many + marked)
-                ece.append(percent([r.metrics["ece"] for r in records]))
-            else:
-                mark = mark or next(marks)
-                missing.append(method)
-                accuracy.append(f"not measured [{mark}]")
-                ece.append(DASH)
+        runs = [(method, imbalance, {}) for method in methods]
+        asked += runs
+        found += study.each(dataset, runs) if beside else study.side_by_side(dataset, runs)
+    shown = [record for records in found for record in records]
+    accuracies, notes = marked(study, dataset, asked, found)
+    for place, records in enumerate(found):
+        if records:
+            many = f" (n={len(records)})" if len(records) > 1 else ""
+            accuracies[place] = _metric(records, "accuracy") + many + star(records, shown)
+    columns: dict[tuple[str, str], list[str]] = {}
+    for place, imbalance in enumerate(imbalances):
+        head, cells = f"IF {imbalance:g}", slice(place * len(methods), (place + 1) * len(methods))
         if beside:
             numbers = [published(method, imbalance) for method in methods]
             columns[head, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
-        columns[head, study.kind] = accuracy
-        columns[head, "ECE"] = ece
-        if missing:
-            notes.append(f"[{mark}] `{study.command(dataset, missing, imbalance)}`")
-        if copied:
-            notes.append(f"[*] `{study.command(dataset, copied, imbalance)}`")
+        columns[head, study.kind] = accuracies[cells]
+        columns[head, "ECE"] = [_metric(records, "ece") for records in found[cells]]
     names = {name: method.title for name, method in METHODS.items()} | (titles or {})
     frame = pd.DataFrame(columns, index=[names[method] for method in methods])
     said = "paper and measured" if beside else study.kind
@@ -227,7 +211,7 @@ def beside_authors_code(study: Study, dataset: str, imbalances: Sequence[float] 
         cells["authors' code", "accuracy"] = [f"{accuracy:.1f}" for (accuracy, _), _ in rows.values()]
         cells["authors' code", "ECE"] = [f"{ece:g}" for (_, ece), _ in rows.values()]
     for head, key in {"accuracy": "accuracy", "ECE": "ece"}.items():
-        cells[study.kind, head] = [_metric(records, key, DASH) + star(records, shown) for records in found]
+        cells[study.kind, head] = [_metric(records, key) + star(records, shown) for records in found]
     frame = pd.DataFrame(cells, index=list(rows))
     caption = f"Top-1 accuracy and ECE (%), {study.title(dataset)}: published with the authors' code, and ours."
     return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown, beside)
@@ -342,6 +326,34 @@ def variants(
     asked = [(method, imbalance, change) for change in changes.values()]
     notes = missing_notes(study, dataset, asked, found)
     return table_of(study, frame, caption, notes, [record for records in found for record in records], beside)
+
+
+def marked(
+    study: Study,
+    dataset: str,
+    asked: Sequence[Asked],
+    found: Sequence[Sequence[Record]],
+    say: Callable[..., str] | None = None,
+) -> tuple[list[str], list[str]]:
+    """For each run ``[a]``, ``[b]``, ... if no record was found, else an empty string; and the notes that say what each
+    mark means and which command measures its runs. One more names what measures, on exact images, what has a
+    :func:`star`.
+
+    Args:
+        say: of a dataset, methods, imbalance factor and changes makes the command; default
+            :meth:`mislas.study.Study.command`.
+    """
+    say = say or study.command
+    cells, notes = [""] * len(asked), []
+    for mark, command in zip(string.ascii_lowercase, missing_by_command(asked, found), strict=False):
+        for place, (method, *rest) in enumerate(asked):
+            if not found[place] and method in command[0] and rest == list(command[1:]):
+                cells[place] = f"[{mark}]"
+        notes.append(f"[{mark}] Not measured yet: `{say(dataset, *command)}`")
+    shown = [record for records in found for record in records]
+    exact = [[] if star(records, shown) else ["exact, or missing"] for records in found]
+    starred_runs = missing_by_command(asked, exact)
+    return cells, notes + [f"[*] On exact images: `{say(dataset, *command)}`" for command in starred_runs]
 
 
 def missing_notes(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
@@ -707,22 +719,23 @@ def by_groups(
         title: what the caption calls the data; default :meth:`mislas.study.Study.title`.
     """
     beside = study.kind != "tiny" and dataset in paper.DATASETS and all(published.values())
-    measured = study.each(dataset, [(method, None, changes or {}) for method in published])
-    found = dict(zip(published, measured, strict=True))
-    missing = [method for method, records in found.items() if not records]
+    asked = [(method, None, changes or {}) for method in published]
+    found = study.each(dataset, asked)
+    marks, notes = marked(study, dataset, asked, found, functools.partial(how_to, study))
     cells: dict[tuple[str, str], list[str]] = {}
     for place, column in enumerate(columns):
         if beside:
-            cells[column, "paper"] = [f"{published[method][place]:.1f}" for method in found]
-        cells[column, study.kind] = [_metric(r, GROUP_METRICS[column], "not measured [a]") for r in found.values()]
-    cells["ECE", study.kind] = [_metric(records, "ece", DASH) for records in found.values()]
-    frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE[method] for method in found])
-    shown = [record for records in found.values() for record in records]
-    notes = [f"[a] `{how_to(study, dataset, missing, None, changes)}`"] if missing else []
+            cells[column, "paper"] = [f"{published[method][place]:.1f}" for method in published]
+        cells[column, study.kind] = [
+            mark or _metric(records, GROUP_METRICS[column]) for mark, records in zip(marks, found, strict=True)
+        ]
+    cells["ECE", study.kind] = [_metric(records, "ece") for records in found]
+    frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE[method] for method in published])
+    shown = [record for records in found for record in records]
     return table_of(study, frame, f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}.", notes, shown, beside)
 
 
-def _metric(records: Sequence[Record], name: str, absent: str) -> str:
+def _metric(records: Sequence[Record], name: str, absent: str = DASH) -> str:
     """Mean and spread over seeds of a measure, in percent; a dash for a group without classes."""
     values = [record.metrics[name] for record in records]
     if not values:
@@ -767,19 +780,20 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
     cells: dict[tuple[str, str], list[str]] = {}
     runs = [table1_runs(study, dataset, head, *setup) for head in heads for setup in TABLE1_TITLES]
     asked = [(method, None, changes | more) for method, more in runs]
-    measured = study.each(dataset, asked)
+    found = study.each(dataset, asked)
+    marks, notes = marked(study, dataset, asked, found, functools.partial(how_to, study))
     for place, name in enumerate(heads.values()):
-        found = measured[place * len(TABLE1_TITLES) :][: len(TABLE1_TITLES)]
+        its = slice(place * len(TABLE1_TITLES), (place + 1) * len(TABLE1_TITLES))
         if beside:
             numbers = [paper.TABLE1[setup][changes["backbone"]][place] for setup in TABLE1_TITLES]
             cells[name, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
-        cells[name, study.kind] = [_metric(records, "accuracy", "not measured") for records in found]
-        cells[name, "ECE"] = [_metric(records, "ece", DASH) for records in found]
+        cells[name, study.kind] = [
+            mark or _metric(records, "accuracy") for mark, records in zip(marks[its], found[its], strict=True)
+        ]
+        cells[name, "ECE"] = [_metric(records, "ece") for records in found[its]]
     frame = pd.DataFrame(cells, index=list(TABLE1_TITLES.values()))
-    missing = missing_by_command(asked, measured)
-    notes = [f"Not measured yet: `{how_to(study, dataset, *command)}`" for command in missing]
     caption = f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}."
-    return table_of(study, frame, caption, notes, [record for found in measured for record in found], beside)
+    return table_of(study, frame, caption, notes, [record for records in found for record in records], beside)
 
 
 #: What Table 1 says about mixup, as differences of its rows: new minus old.

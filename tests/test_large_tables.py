@@ -127,7 +127,7 @@ def test_a_table_by_groups_sets_the_paper_beside_what_is_measured(made_up, store
         "25.0",
         "25.0",
     ]
-    assert table.frame.loc["MiSLAS", ("all", "measured")] == "not measured [a]"
+    assert table.frame.loc["MiSLAS", ("all", "measured")] == "[a]"
     assert "Measured on places-lt" in table.caption
     (command,) = commands(table.notes[0])
     assert command.method == [method for method in paper.TABLE8 if method != "focal"]

@@ -60,9 +60,9 @@ def test_table_shows_mean_spread_and_n_and_names_the_command_for_the_rest(store)
     table = compare(study, "digits", ["ce", "lws", "mislas"], [10], lambda method, imbalance: 12.3)
     accuracies = [record.metrics["accuracy"] for record in study.runs("digits", "ce", 10)]
     assert table.frame.loc["CE"].tolist()[:2] == ["12.3", f"{percent(accuracies)} (n=2)"]
-    assert table.frame.loc["MiSLAS"].tolist()[1:] == ["not measured [a]", "–"]
+    assert table.frame.loc["MiSLAS"].tolist()[1:] == ["[a]", "–"]
     assert table.notes[0] == (
-        "[a] `mislas train --dataset digits --imbalance 10 --method mislas "
+        "[a] Not measured yet: `mislas train --dataset digits --imbalance 10 --method mislas "
         "--set epochs=2 --set stage2.epochs=1 --data-root DIR`"
     )
     assert "seeds 0, 1" in table.notes[-1]
@@ -87,8 +87,8 @@ def test_table_3_of_an_empty_store_shows_the_paper_and_how_to_fill_it(tmp_path):
         "76.3",
         "82.1",
     ]
-    assert set(table.frame["IF 100", "measured"]) == {"not measured [a]"}
-    assert table.notes[0].startswith("[a] `mislas train --dataset cifar10 --imbalance 100 --method ce mixup")
+    assert set(table.frame["IF 100", "measured"]) == {"[a]"}
+    assert table.notes[0].startswith("[a] Not measured yet: `mislas train --dataset cifar10 --imbalance 100 --method ce mixup")
     html = table._repr_html_()
     assert html == table._repr_html_()
     assert "mislas-caption" in html
@@ -96,7 +96,7 @@ def test_table_3_of_an_empty_store_shows_the_paper_and_how_to_fill_it(tmp_path):
 
 
 def test_the_commands_of_the_notes_are_commands(tmp_path):
-    for note in table3(Study("stored", results_root=tmp_path), "cifar100").notes[:-1]:
+    for note in table3(Study("stored", results_root=tmp_path), "cifar100").notes:
         command = re.search("`mislas (.*)`", note)[1]
         arguments = _parser().parse_args(command.split())
         assert [configure(arguments.dataset, method) for method in arguments.method]

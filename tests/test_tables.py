@@ -42,7 +42,7 @@ def test_table_2_sets_the_paper_beside_cifar_100_and_nobody_else(made_up):
     study = Study(results_root=made_up.root)
     table = table2(study, "cifar100", [100])
     assert table.frame["IF 100", "paper"].tolist() == ["41.2", "44.2", "45.3", "47.0"]
-    assert set(table.frame["IF 100", "measured"]) == {"not measured [a]"}
+    assert set(table.frame["IF 100", "measured"]) == {"[a]"}
     neighbour = table2(study, "cifar10", [100], title="a neighbour")
     assert {name for _, name in neighbour.frame.columns} == {"measured", "ECE"}
     assert neighbour.frame["IF 100", "measured"].tolist()[0] == "75.0"
@@ -60,7 +60,7 @@ def test_beside_the_paper_the_exact_images_come_first_and_others_are_marked(made
     mixed = table3(study, "cifar10", [100], ["ce", "mislas"])
     assert mixed.frame["IF 100", "measured"].tolist() == ["75.0*", "100.0"]
     assert "Measured on cifar10; where marked *, on cifar10-jpeg" in mixed.caption
-    assert "[*] `mislas train --dataset cifar10 --imbalance 100 --method ce --data-root DIR`" in mixed.notes
+    assert "[*] On exact images: `mislas train --dataset cifar10 --imbalance 100 --method ce --data-root DIR`" in mixed.notes
     far = distance(study, "cifar10", [100])
     assert far.frame["IF 100"].tolist() == ["+4.6*", "+17.9"]
     assert "where marked *, on cifar10-jpeg" in far.caption

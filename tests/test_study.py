@@ -88,7 +88,8 @@ def test_table_3_of_an_empty_store_shows_the_paper_and_how_to_fill_it(tmp_path):
         "82.1",
     ]
     assert set(table.frame["IF 100", "measured"]) == {"[a]"}
-    assert table.notes[0].startswith("[a] Not measured yet: `mislas train --dataset cifar10 --imbalance 100 --method ce mixup")
+    command = "mislas train --dataset cifar10 --imbalance 100 --method ce mixup"
+    assert table.notes[0].startswith(f"[a] Not measured yet: `{command}")
     html = table._repr_html_()
     assert html == table._repr_html_()
     assert "mislas-caption" in html

@@ -60,7 +60,8 @@ def test_beside_the_paper_the_exact_images_come_first_and_others_are_marked(made
     mixed = table3(study, "cifar10", [100], ["ce", "mislas"])
     assert mixed.frame["IF 100", "measured"].tolist() == ["75.0*", "100.0"]
     assert "Measured on cifar10; where marked *, on cifar10-jpeg" in mixed.caption
-    assert "[*] On exact images: `mislas train --dataset cifar10 --imbalance 100 --method ce --data-root DIR`" in mixed.notes
+    command = "mislas train --dataset cifar10 --imbalance 100 --method ce --data-root DIR"
+    assert f"[*] On exact images: `{command}`" in mixed.notes
     far = distance(study, "cifar10", [100])
     assert far.frame["IF 100"].tolist() == ["+4.6*", "+17.9"]
     assert "where marked *, on cifar10-jpeg" in far.caption

@@ -39,6 +39,11 @@ def test_pages_are_those_of_the_book_in_order(book):
     assert {page.name for page in (ROOT / "book").glob("*.md")} <= {Path(page).name for page in pages}
 
 
+def test_options_of_the_theme_are_added_to_those_that_the_book_makes_of_its_config():
+    config = (ROOT / "_config.yml").read_text()
+    assert ("html_theme_options:" in config) <= ("  recursive_update: true" in config)  # without it they replace them
+
+
 def test_every_picture_has_a_text_for_those_who_cannot_see_it(book):
     """Notebooks have a test of their own."""
     for page in book.pages():

@@ -1,4 +1,4 @@
-"""Long-tailed datasets by name; those that fit in memory: images as uint8 tensors, targets, class counts, groups.
+"""Long-tailed datasets by name; those that fit in memory: images as uint8 tensors, targets, class counts, groups::
 
     data = load("cifar10-jpeg", data_root="data", imbalance=100)
     data.train_images      # (12406, 32, 32, 3) uint8

@@ -1,4 +1,4 @@
-"""Several processes that train one run together, one per GPU, started by ``torchrun``.
+"""Several processes that train one run together, one per GPU, started by ``torchrun``::
 
     torchrun --nproc-per-node 4 -m mislas.cli train --dataset imagenet-lt --method mislas --data-root data
 

@@ -1,4 +1,4 @@
-"""Long-tailed datasets that do not fit in memory: public list files, and a folder of images.
+"""Long-tailed datasets that do not fit in memory: public list files, and a folder of images::
 
     data = load_lists("places-lt", root="places", lists="lists")
     data.class_counts      # (219, 20, 115, ...), 365 of them

@@ -1,4 +1,4 @@
-"""From a list of image files to normalised batches on the device, with the augmentation of Kang et al. (2020).
+"""From a list of image files to normalised batches on the device, with the augmentation of Kang et al. (2020)::
 
     data = load_lists("places-lt", root="places", lists="lists")
     batches = ImageBatches(data.train, data.spec, batch_size=256, device="cuda")

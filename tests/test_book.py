@@ -2,6 +2,7 @@
 add something to the library."""
 
 import ast
+import itertools
 import os
 import re
 import sys
@@ -50,6 +51,14 @@ def test_every_picture_has_a_text_for_those_who_cannot_see_it(book):
         if page.suffix == ".md":
             for cell in re.findall(r"^```\{code-cell\}(.*?)^```$", book.text(page), re.DOTALL | re.MULTILINE):
                 assert "show(" not in cell or re.search(r"^    alt: .{20}", cell, re.MULTILINE), f"{page}: {cell}"
+
+
+def test_code_in_the_docstring_of_a_module_is_announced_as_code():
+    """Else the page of the library sets it as prose, with curly quotes."""
+    for module in (ROOT / "mislas").glob("*.py"):
+        lines = [line for line in ast.get_docstring(ast.parse(module.read_text())).splitlines() if line]
+        for before, line in itertools.pairwise(lines):
+            assert before.startswith(" ") or not line.startswith(" ") or before.endswith("::"), f"{module}: {line}"
 
 
 def test_every_exercise_is_listed_with_a_link_and_without_its_solution(book):

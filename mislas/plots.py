@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,7 +18,7 @@ from .evaluate import Bins
 from .losses import smoothing_factors
 from .runs import Record
 from .study import GRID, Asked, Study, missing_by_command
-from .tables import DASH, PLACES, by_group, how_to, paired
+from .tables import DASH, PLACES, Table, by_group, how_to, paired
 from .train import learning_rate_factor
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#595959"  # of Okabe and Ito's palette
@@ -32,7 +32,7 @@ UNDER = {"facecolor": LIGHT, "edgecolor": BLUE, "hatch": "\\\\\\"}
 NORM_LOOKS = ((LIGHT, BLUE, "--"), ("#F5D08A", "#B36B00", "-"))
 
 STYLE = {
-    "figure.dpi": 110,
+    "figure.dpi": 200,  # sharp where the screen or the printer is
     "savefig.bbox": "tight",
     "font.size": 11,
     "axes.titlesize": 12,
@@ -42,13 +42,21 @@ STYLE = {
 
 
 def reliability_diagram(
-    ax: Axes, bins: Bins, accuracy: float, ece: float, *, left: bool = True, low: bool = True
+    ax: Axes,
+    bins: Bins,
+    accuracy: float,
+    ece: float,
+    *,
+    left: bool = True,
+    low: bool = True,
+    largest: float | None = None,
 ) -> None:
     """Accuracy against confidence, per bin (Guo et al., 2017), with the share of test images in each bin below it.
 
     Blue bars are the accuracy of a bin; the hatched part is its gap to the mean confidence: orange and above the blue
     where the model is over-confident, the light upper end of the blue where it is under-confident. Accuracy and ECE are
-    fractions in 0..1.
+    fractions in 0..1. ``largest`` is the share that is drawn longest, so that several panels have one scale; default
+    this panel's largest.
     """
     centre = (bins.edges[:-1] + bins.edges[1:]) / 2
     width = np.diff(bins.edges)
@@ -59,7 +67,15 @@ def reliability_diagram(
         ax.bar(centre[where], bins.gap[where], width[where], bottom[where], linewidth=0.5, **look)
     ax.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2)
     share = bins.count / bins.count.sum()
-    ax.bar(centre, -0.18 * share / share.max(), width, color=GREY, alpha=0.55, edgecolor="white", linewidth=0.5)
+    ax.bar(
+        centre,
+        -0.18 * share / (largest or share.max()),
+        width,
+        color=GREY,
+        alpha=0.55,
+        edgecolor="white",
+        linewidth=0.5,
+    )
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set(xlim=(0, 1), ylim=(-0.2, 1), xticks=[0, 0.5, 1], yticks=[0, 0.25, 0.5, 0.75, 1], aspect="equal")
     ax.text(
@@ -79,15 +95,9 @@ def _heading(study: Study, dataset: str, shown: Sequence[Record], title: str | N
     return f"{title or study.title(dataset)}\n{study.kind}: {'; '.join(used)}{study.changed.replace(' With', '; with')}"
 
 
-def _nothing(study: Study, dataset: str, title: str | None) -> Figure:
+def _nothing(study: Study, dataset: str, title: str | None) -> Table:
     """What stands in the place of a figure of which nothing is measured."""
-    with plt.rc_context(STYLE):
-        figure, ax = plt.subplots(figsize=(6, 0.8), layout="constrained")
-        what = textwrap.fill(title or study.title(dataset), 60)
-        ax.text(0.5, 0.5, f"{what}\nnot measured yet", ha="center", va="center", color=GREY)
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set(visible=True, color=GREY, linestyle=":")
-    return figure
+    return Table(pd.DataFrame(), f"{title or study.title(dataset)}: nothing to draw, it is not measured yet.")
 
 
 #: Title, method and imbalance factor of a panel, and what is changed in its run, if anything.
@@ -106,7 +116,7 @@ def reliability_figure(
     columns: int = 3,
     title: str | None = None,
     changes: dict[str, Any] | None = None,
-) -> Figure:
+) -> Figure | Table:
     """Reliability diagrams side by side, first seed of each run; a legend stands in the space that is left, or below.
 
     Args:
@@ -128,14 +138,17 @@ def reliability_figure(
         size = (3.2 * columns, 3.5 * rows + below)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         flat = axes.ravel()
+        drawn = [records[0].predictions().reliability() if records else None for records in found]
+        largest = max(bins.count.max() / bins.count.sum() for bins in drawn if bins)
         for i, (ax, (heading, *_), records) in enumerate(zip(flat, panels, found, strict=False)):
             ax.set_title(heading)
-            if records:
+            if bins := drawn[i]:
                 shown.append(records[0])
-                bins = records[0].predictions().reliability()
                 metrics = records[0].metrics
                 first_column, last_row = i % columns == 0, i + columns >= len(panels)
-                reliability_diagram(ax, bins, metrics["accuracy"], metrics["ece"], left=first_column, low=last_row)
+                reliability_diagram(
+                    ax, bins, metrics["accuracy"], metrics["ece"], left=first_column, low=last_row, largest=largest
+                )
             else:
                 ax.text(0.5, 0.4, "not measured yet", ha="center", va="center", color=GREY)
                 ax.set(xlim=(0, 1), ylim=(-0.2, 1), xticks=[], yticks=[], aspect="equal")
@@ -225,7 +238,7 @@ def density(values: np.ndarray, at: np.ndarray, width: float = 0.04) -> np.ndarr
 
 def violin_figure(
     study: Study, dataset: str, methods: dict[str, str], imbalance: float = 100, title: str | None = None
-) -> Figure:
+) -> Figure | Table:
     """Probability of the true class for many, medium and few classes: one method above each line, another below.
 
     The half-violins are densities (:func:`density`), on one scale within a group. Ticks are means.
@@ -272,7 +285,7 @@ def violin_figure(
 # ---------------------------------------------------------------------------------------------------- Figures 5 and 10
 
 
-def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str | None = None) -> Figure:
+def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str | None = None) -> Figure | Table:
     """Accuracy and ECE of MiSLAS for eps_1 and eps_K from 0.0 to 0.5, eps_K <= eps_1; darker is better.
 
     Means over seeds. Marked are cross-entropy (both 0), the dataset's default (Table 5), and the best cell.
@@ -320,7 +333,12 @@ def _matrix(ax: Axes, values: dict[tuple[int, int], float], sign: int) -> None:
             elif sign * values[x, y] == high:
                 ax.plot(x + 0.79, y + 0.77, "*", markersize=9, color="white" if high > low else "black")
     labels = [f"{i / 10}" for i in range(6)]
-    ax.set(xlabel="ε₁ (largest class)", ylabel="ε_K (smallest class)", xticklabels=labels, yticklabels=labels)
+    ax.set(
+        xlabel="$\\epsilon_1$ (largest class)",
+        ylabel="$\\epsilon_K$ (smallest class)",
+        xticklabels=labels,
+        yticklabels=labels,
+    )
     ax.invert_yaxis()
     ax.tick_params(length=0, labelrotation=0)
 
@@ -335,7 +353,7 @@ def shift_figure(
     after: tuple[str, dict[str, Any]],
     imbalance: float = 100,
     title: str | None = None,
-) -> Figure:
+) -> Figure | Table:
     """Running mean and variance of the first and the last batch norm, per channel, in two runs; first common seed.
 
     Args:
@@ -376,7 +394,7 @@ def weight_norm_figure(
     panels: dict[str, dict[str, str]],
     changes: dict[str, Any],
     title: str | None = None,
-) -> Figure:
+) -> Figure | Table:
     """Norms of the classifier's weights, classes sorted by training images; light as they are, dark smoothed.
 
     Grey in the background: the training images of each class, on a logarithmic scale. First seed of each run. The
@@ -448,7 +466,10 @@ def forms_figure(
     return figure
 
 
-def show(figure: Figure) -> None:
-    """Display a figure and return nothing, so that a notebook cell prints no object."""
+def show(figure: Figure | Table) -> None:
+    """Display a figure, or what stands in its place, and return nothing, so that a notebook cell prints no object."""
+    if isinstance(figure, Table):
+        display(figure)
+        return
     plt.show()
     plt.close(figure)

@@ -100,7 +100,7 @@ CLAIMS: list[Claim] = [
         [
             Comparison(f"{METHODS[method].title} against CE on {data}", measure, "more",
                        Side(method), Side("ce", data=data))
-            for data in (ALL_IMAGES, AS_MANY)
+            for data in (AS_MANY, ALL_IMAGES)
             for method, measure in (("ce", "over-confidence"), ("ce", "ece"), ("crt", "ece"), ("lws", "ece"))
         ],
     ),
@@ -447,7 +447,7 @@ def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | No
         imbalances: imbalance factors; None is what :func:`mislas.campaign.wanted` takes. The balanced model is always
             looked for.
     """
-    rates, rows, titles, marks = images_per_second(store), [], [], {}
+    rates, rows, titles, marks, devices = images_per_second(store), [], [], {}, set()
     for dataset in datasets:
         everything = wanted(dataset, imbalances, [seed])
         for imbalance in dict.fromkeys(config.imbalance for config in everything):
@@ -459,12 +459,15 @@ def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | No
             command = _commands(dataset, imbalances, seed, missing)
             mark = marks.setdefault(command, f"[{len(marks) + 1}]")
             passes = sum(job.passes for job in planned)
-            cells = [f"{len(missing)} of {len(configs)}", f"{passes / 1e6:.1f}", estimate(planned, rates) or DASH]
-            rows.append([f"{imbalance:g}", *cells])
+            hours, _, device = estimate(planned, rates).partition(" on ")
+            devices |= {device} - {""}
+            rows.append([f"{imbalance:g}", f"{len(missing)} of {len(configs)}", f"{passes / 1e6:.1f}", hours or DASH])
             titles.append(f"{dataset} {mark}")
     columns = ["IF", "runs missing", "million image passes", "estimated"]
     frame = pd.DataFrame(rows, columns=columns, index=titles)
     caption = f"What is not measured yet, seed {seed}." if rows else "All that a campaign wants is measured."
+    if devices:
+        caption += f" Estimated on {', '.join(sorted(devices))}: the fastest that has done such runs."
     return Table(frame, caption, [f"{mark} {command}" for command, mark in marks.items()])
 
 

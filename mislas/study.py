@@ -266,7 +266,8 @@ class Study:
             short = {f"ResNet-10, {SHORT['stage1.epochs']} epochs": SHORT}
         if self.profile == "tiny" or "backbone" in self.overrides:
             backbones = [self.configs(dataset, "ce", None)[0].backbone]
-        return short | {f"ResNet-{name.removeprefix('resnet')}": {"backbone": name} for name in backbones}
+        full = f", {self.configs(dataset, 'ce')[0].stage1.epochs} epochs" * bool(short)
+        return short | {f"ResNet-{name.removeprefix('resnet')}{full}": {"backbone": name} for name in backbones}
 
     def neighbours(self, dataset: str) -> dict[str, str]:
         """What to show beside one of the paper's datasets: names and titles; see :data:`NEIGHBOURS`.

@@ -6,6 +6,7 @@ import functools
 import html
 import itertools
 import json
+import re
 import statistics
 import string
 from collections.abc import Callable, Sequence
@@ -54,9 +55,10 @@ class Table:
         body = ""
         if not self.frame.empty:
             body = self.frame.to_html(classes="mislas-table", border=0, justify="center", sparsify=True)
+            body = re.sub("ε_([1K])", r"ε<sub>\1</sub>", body)
             body = f'<div class="mislas-scroll">{body}</div>'
         notes = "".join(f'<p class="mislas-note">{_inline(note)}</p>' for note in self.notes)
-        caption = f'<p class="mislas-caption">{_inline(self.caption)}</p>'
+        caption = f'<p class="mislas-caption">{_inline(self.caption)}</p>' if self.caption else ""
         return f"{caption}{body}{notes}"
 
     def to_markdown(self) -> str:
@@ -79,17 +81,22 @@ def _inline(text: str) -> str:
 def table_of(
     study: Study, frame: pd.DataFrame, caption: str, notes: list[str], shown: Sequence[Record], beside: bool = False
 ) -> Table:
-    """A table with its data and provenance; where nothing is measured and the paper has nothing, only what would be in
-    it."""
-    whole = caption + measured_on(study, shown) + study.changed
-    sources = [study.provenance(shown)] if shown else []
-    return Table(frame if shown or beside else pd.DataFrame(), whole, [*notes, *sources])
+    """A table with its data and provenance. Where nothing is measured, what is left is what others published; if that
+    is nothing, what would be in it, and the commands; and if there are none, nothing at all."""
+    if shown:
+        return Table(frame, caption + measured_on(study, shown) + study.changed, [*notes, study.provenance(shown)])
+    published = [column for column in frame.columns if {"paper", "authors' code"} & {*column}]
+    if beside:
+        frame = frame[published] if published else frame
+    elif notes:
+        frame = pd.DataFrame()
+    else:
+        return Table(pd.DataFrame(), "")
+    return Table(frame, f"{caption} Nothing of it is measured yet.{study.changed}", notes)
 
 
 def measured_on(study: Study, shown: Sequence[Record]) -> str:
     """The end of a caption: whose numbers these are, the images that the runs saw, and what :func:`star` means."""
-    if not shown:
-        return " Nothing of it is measured yet."
     if study.kind == "tiny":
         return " Tiny smoke runs: they show that the code runs, not what the paper found."
     exact, *copies = _used(shown)
@@ -163,8 +170,8 @@ def compare(
         columns[head, "ECE"] = [_metric(records, "ece") for records in found[cells]]
     names = {name: method.title for name, method in METHODS.items()} | (titles or {})
     frame = pd.DataFrame(columns, index=[names[method] for method in methods])
-    said = "paper and measured" if beside else study.kind
-    caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said}, with the {study.kind} ECE (%)."
+    said = f"{'paper and measured' if beside else study.kind}, with the {study.kind} ECE (%)"
+    caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said if shown else 'paper'}."
     return table_of(study, frame, caption, notes, shown, beside)
 
 
@@ -337,7 +344,7 @@ def marked(
 ) -> tuple[list[str], list[str]]:
     """For each run ``[a]``, ``[b]``, ... if no record was found, else an empty string; and the notes that say what each
     mark means and which command measures its runs. One more names what measures, on exact images, what has a
-    :func:`star`.
+    :func:`star`. Where no record at all was found, there is nothing to tell apart, and no mark.
 
     Args:
         say: of a dataset, methods, imbalance factor and changes makes the command; default
@@ -345,12 +352,13 @@ def marked(
     """
     say = say or study.command
     cells, notes = [""] * len(asked), []
-    for mark, command in zip(string.ascii_lowercase, missing_by_command(asked, found), strict=False):
+    shown = [record for records in found for record in records]
+    for letter, command in zip(string.ascii_lowercase, missing_by_command(asked, found), strict=False):
+        mark = f"[{letter}] " * bool(shown)
         for place, (method, *rest) in enumerate(asked):
             if not found[place] and method in command[0] and rest == list(command[1:]):
-                cells[place] = f"[{mark}]"
-        notes.append(f"[{mark}] Not measured yet: `{say(dataset, *command)}`")
-    shown = [record for records in found for record in records]
+                cells[place] = mark.strip()
+        notes.append(f"{mark}Not measured yet: `{say(dataset, *command)}`")
     exact = [[] if star(records, shown) else ["exact, or missing"] for records in found]
     starred_runs = missing_by_command(asked, exact)
     return cells, notes + [f"[*] On exact images: `{say(dataset, *command)}`" for command in starred_runs]
@@ -588,9 +596,9 @@ MEASURES = {
     "mce": ("MCE", 100, 1),
     "adaptive_ece": ("adaptive ECE", 100, 1),
     "classwise_ece": ("classwise ECE", 100, 2),
-    "accuracy_many": ("many", 100, 1),
-    "accuracy_medium": ("medium", 100, 1),
-    "accuracy_few": ("few", 100, 1),
+    "accuracy_many": ("acc., many", 100, 1),
+    "accuracy_medium": ("acc., medium", 100, 1),
+    "accuracy_few": ("acc., few", 100, 1),
 }
 #: Accuracy and ECE by group of classes.
 BY_GROUP = {
@@ -633,7 +641,8 @@ def measures(
         rows[METHODS[method].title] = cells
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, _, _ in columns.values()])
     factor = "" if imbalance is None else f", IF {imbalance:g}"
-    caption = f"Accuracy and calibration, {title or study.title(dataset)}{factor}."
+    units = " NLL in nats, Brier from 0 to 2, the others in %." if "nll" in columns else " In %."
+    caption = f"Accuracy and calibration, {title or study.title(dataset)}{factor}.{units * bool(shown)}"
     return table_of(study, frame, caption, missing_notes(study, dataset, asked, measured), shown)
 
 
@@ -732,7 +741,8 @@ def by_groups(
     cells["ECE", study.kind] = [_metric(records, "ece") for records in found]
     frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE[method] for method in published])
     shown = [record for records in found for record in records]
-    return table_of(study, frame, f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}.", notes, shown, beside)
+    caption = f"Top-1 accuracy{' and ECE' * bool(shown)} (%), {title or study.title(dataset)}."
+    return table_of(study, frame, caption, notes, shown, beside)
 
 
 def _metric(records: Sequence[Record], name: str, absent: str = DASH) -> str:
@@ -792,8 +802,9 @@ def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | Non
         ]
         cells[name, "ECE"] = [_metric(records, "ece") for records in found[its]]
     frame = pd.DataFrame(cells, index=list(TABLE1_TITLES.values()))
-    caption = f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}."
-    return table_of(study, frame, caption, notes, [record for records in found for record in records], beside)
+    shown = [record for records in found for record in records]
+    caption = f"Top-1 accuracy{' and ECE' * bool(shown)} (%), {title or study.title(dataset)}."
+    return table_of(study, frame, caption, notes, shown, beside)
 
 
 #: What Table 1 says about mixup, as differences of its rows: new minus old.
@@ -850,6 +861,8 @@ def adds_up(study: Study, dataset: str, rows: dict[str, Sequence[float]], title:
     frame = pd.DataFrame.from_dict(cells, orient="index", columns=["all, paper", "all, from its groups", "remark"])
     counted = ", ".join(map(str, sizes))
     caption = f"{title}: the paper's accuracy over all classes (%), and the mean of its groups ({counted} classes)."
+    if not frame["remark"].any():
+        frame, caption = frame.drop(columns="remark"), f"{caption} Every row adds up, within rounding."
     return Table(frame, caption if cells else "The tiny profile shows no number of the paper.")
 
 
@@ -896,29 +909,29 @@ def weight_norms(
 
 
 def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
-    """How far our mean accuracy is from the paper's, in percentage points, where Table 3 has both."""
+    """How far our mean accuracy is from the paper's, in percentage points, where Table 3 has both: on the exact images
+    alone, since what a lossy copy differs by is its own doing."""
     if dataset not in paper.TABLE3:
         unknown("dataset of Table 3", dataset, paper.TABLE3)
     rows, shown = {}, []
     for method in paper.TABLE3[dataset]:
         cells = []
         for imbalance in imbalances:
-            records = study.runs(dataset, method, imbalance)
+            records = [r for r in study.runs(dataset, method, imbalance) if r.config.dataset == dataset]
             published = _published_table3(dataset, method, imbalance)
             if records and published is not None:
                 shown += records
                 ours = 100 * statistics.mean(record.metrics["accuracy"] for record in records)
-                cells.append((f"{ours - published:+.1f}", records))
+                cells.append(f"{ours - published:+z.1f}")
             else:
-                cells.append((DASH, []))
-        if any(records for _, records in cells):
+                cells.append(DASH)
+        if set(cells) != {DASH}:
             rows[paper.TITLES[method]] = cells
-    rows = starred(rows, shown)
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
     caption = (
         f"Top-1 accuracy, {paper.DATASETS[dataset]}: measured minus paper, in points; a dash where one is missing."
     )
-    return table_of(study, frame, caption, [], shown, beside=True)
+    return table_of(study, frame, caption, [], shown)
 
 
 def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float = 100) -> Table:

@@ -73,7 +73,7 @@ def test_networks_are_those_asked_for_unless_the_overrides_name_one(tmp_path):
 
 def test_the_neighbour_has_a_shorter_schedule_beside_the_default(stored):
     networks = stored.networks("tinyimagenet64", ["resnet10"])
-    assert networks == {"ResNet-10, 30 epochs": SHORT, "ResNet-10": {"backbone": "resnet10"}}
+    assert networks == {"ResNet-10, 30 epochs": SHORT, "ResNet-10, 200 epochs": {"backbone": "resnet10"}}
     first = wanted("tinyimagenet64")[0]
     assert first.canonical() == configure("tinyimagenet64", "ce", 100, 0, SHORT).canonical()
     mixed = stored.configs("tinyimagenet64", "lws+mixup", None, SHORT | {"stage2.mixup": 1.0})
@@ -154,7 +154,9 @@ def test_rows_that_do_not_add_up_say_so(stored):
     assert frame.index[frame["remark"] != ""].tolist() == ["OLTR"]
     assert frame.loc["OLTR", "all, from its groups"] == f"{(131 * 44.7 + 157 * 37.0 + 77 * 25.3) / 365:.2f}"
     for rows in paper.TABLE6.values():
-        assert set(adds_up(stored, "imagenet-lt", rows, "").frame["remark"]) == {""}
+        table = adds_up(stored, "imagenet-lt", rows, "")
+        assert "remark" not in table.frame
+        assert table.caption.endswith("Every row adds up, within rounding.")
 
 
 def test_tiny_shows_neither_the_paper_nor_the_authors():
@@ -234,8 +236,7 @@ def test_classes_of_figure_2_are_sorted_by_training_images(made_up, stored):
 
 
 def test_figure_2_without_runs_says_so(stored):
-    figure = weight_norm_figure(stored, "imagenet-lt", PANELS, R50)
-    assert [text.get_text() for text in figure.axes[0].texts] == ["ImageNet-LT\nnot measured yet"]
+    assert str(weight_norm_figure(stored, "imagenet-lt", PANELS, R50)).startswith("ImageNet-LT: nothing to draw")
 
 
 def test_reliability_diagrams_take_a_backbone_and_a_list_s_own_imbalance(made_up, stored):

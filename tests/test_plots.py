@@ -52,7 +52,7 @@ def test_a_figure_without_runs_says_so_under_its_title(tmp_path):
         shift_figure(study, "cifar100", *SHIFTED, title="here"),
         reliability_figure(study, "cifar100", [("CE", "ce", 100)], title="here"),
     ):
-        assert texts(figure) == ["here\nnot measured yet"]
+        assert str(figure) == "here: nothing to draw, it is not measured yet."
 
 
 def test_matrix_shows_measured_cells_marks_and_stars(made_up):

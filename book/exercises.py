@@ -9,10 +9,8 @@ from pathlib import Path
 from IPython.display import Markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The fence, a title if there is one, and the text.
-EXERCISE = re.compile(
-    r"^(`{3,})\{admonition\} Exercise(?: \d+: (.*?))?\n:class: tip\n(.*?)\n\1$", re.DOTALL | re.MULTILINE
-)
+#: The fence, the title, and the text.
+EXERCISE = re.compile(r"^(`{3,})\{admonition\} (Exercise.*?)\n:class: tip\n(.*?)\n\1$", re.DOTALL | re.MULTILINE)
 
 
 def pages() -> list[Path]:
@@ -31,15 +29,13 @@ def text(page: Path) -> str:
 
 
 def exercises() -> Markdown:
-    """Each page's exercises under a link to it, numbered through."""
-    parts, number = [], 0
+    """Each page's exercises under a link to it, by the names that they have there."""
+    parts = []
     for page in pages():
         prose = text(page)
         found = EXERCISE.findall(prose)
         if found:
             title = re.search(r"^# (.+)$", prose, re.MULTILINE)[1]
             parts.append(f"**[{title}](../{page.as_posix()})**")
-        for _, name, exercise in found:
-            number += 1
-            parts.append(f"::::{{admonition}} {number}{name and f': {name}'}\n:class: tip\n{exercise}\n::::")
+        parts += [f"::::{{admonition}} {name}\n:class: tip\n{exercise}\n::::" for _, name, exercise in found]
     return Markdown("\n\n".join(parts))

@@ -66,8 +66,7 @@ def test_every_exercise_is_listed_with_a_link_and_without_its_solution(book):
     prose = {page: book.text(page) for page in book.pages()}
     headings = sum(text.count("{admonition} Exercise") for text in prose.values())
     assert headings == sum(text.count("{admonition} Solution") for text in prose.values())
-    numbers = [int(number) for number in re.findall(r"^::::\{admonition\} (\d+)", listed, re.MULTILINE)]
-    assert numbers == list(range(1, headings + 1))
+    assert len(re.findall(r"^::::\{admonition\} Exercise", listed, re.MULTILINE)) == headings
     assert "dropdown" not in listed
     assert "Solution" not in listed
     for page, text in prose.items():

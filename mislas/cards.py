@@ -40,7 +40,7 @@ def card(names: str | Sequence[str], study: Study, dataset: str = "cifar10", imb
     lines = [
         f":::{{admonition}} {method.title} — `{names[0]}`",
         ":class: method-card",
-        f"{method.idea}\n\n$$\n{method.equation}\n$$\n",
+        f"{method.idea}\n\n$$\n\\begin{{aligned}}\n{method.equation}\n\\end{{aligned}}\n$$\n",
         f"- *Source:* {method.source}; {method.where}.",
         f"- *Settings that differ from the plain model's, on {dataset}:* {changes or 'none'}.",
     ]

@@ -106,7 +106,7 @@ class Method:
         idea: one sentence.
         source: citation.
         tables: the paper's tables that have this row.
-        equation: what it computes, as LaTeX.
+        equation: what it computes, as LaTeX, set as ``aligned``.
         mixup: whether Stage-1 mixes; alpha is the dataset's (1 on CIFAR).
         longer: Stage-1's epochs as a multiple of the dataset's.
         stage1: fields of :class:`Stage1` that differ from the dataset's settings.
@@ -183,8 +183,8 @@ ONE_STAGE: dict[str, Method] = {
     ),
     "ldam": Method(
         "LDAM", "Rarer classes must win by a larger margin.", CAO, (),
-        r"l = -\log \frac{e^{z_y - s \Delta_y}}{e^{z_y - s \Delta_y} + \sum_{i \ne y} e^{z_i}}, "
-        r"\quad z = s \cos, \; \Delta_k \propto N_k^{-1/4}",
+        r"l &= -\log \frac{e^{z_y - s \Delta_y}}{e^{z_y - s \Delta_y} + \sum_{i \ne y} e^{z_i}}, \\ "
+        r"z &= s \cos, \quad \Delta_k \propto N_k^{-1/4}",
         stage1=LDAM,
     ),
     "ce+drw": Method(
@@ -206,11 +206,11 @@ ONE_STAGE: dict[str, Method] = {
     ),
     "mixup": Method(
         "mixup", "Train on convex combinations of images and of their labels.", ZHANG, (1, 3),
-        r"\tilde x = \lambda x_i + (1 - \lambda) x_j, \quad l = \lambda l(y_i) + (1 - \lambda) l(y_j)", mixup=True,
+        r"\tilde x &= \lambda x_i + (1 - \lambda) x_j, \\ l &= \lambda l(y_i) + (1 - \lambda) l(y_j)", mixup=True,
     ),
     "cutmix": Method(
         "CutMix", "Paste a box of one image into another; mix labels by area.", YUN, (),
-        r"\tilde x = M \odot x_i + (1 - M) \odot x_j, \quad l = \lambda l(y_i) + (1 - \lambda) l(y_j)",
+        r"\tilde x &= M \odot x_i + (1 - M) \odot x_j, \\ l &= \lambda l(y_i) + (1 - \lambda) l(y_j)",
         mixup=True, stage1=dict(mix="cutmix"),
     ),
     "remix": Method(
@@ -227,8 +227,8 @@ ONE_STAGE: dict[str, Method] = {
     "bbn": Method(
         "BBN", "Two branches, one fed the images as they come, one mostly rare classes; the weight moves over.",
         ZHOU, (3, 4),
-        r"z = \alpha W_c^\top f_c + (1 - \alpha) W_r^\top f_r, \quad l = \alpha l(y_c) + (1 - \alpha) l(y_r), "
-        r"\quad \alpha = 1 - (t / T)^2",
+        r"z &= \alpha W_c^\top f_c + (1 - \alpha) W_r^\top f_r, \\ l &= \alpha l(y_c) + (1 - \alpha) l(y_r), \\ "
+        r"\alpha &= 1 - (t / T)^2",
         stage1=dict(second_sampler="reverse", schedule="multistep-bbn"),
     ),
     "balanced-softmax": Method(
@@ -239,16 +239,16 @@ ONE_STAGE: dict[str, Method] = {
     "lifted": Method(
         "Lifted Loss", "Cross-entropy, and of every two images of a class a distance below that to any other class.",
         OH_SONG, (8,),
-        r"l = -\log p_y + \frac{0.1}{2 |P|} \sum_{(i, j) \in P} \max(0, J_{ij})^2, \quad J_{ij} = D_{ij} + "
+        r"l &= -\log p_y + \frac{0.1}{2 |P|} \sum_{(i, j) \in P} \max(0, J_{ij})^2, \\ J_{ij} &= D_{ij} + "
         r"\log \Big( \sum_{k: y_k \ne y_i} e^{1 - D_{ik}} + \sum_{k: y_k \ne y_j} e^{1 - D_{jk}} \Big)",
         stage1=dict(metric="lifted", metric_weight=0.1),
     ),
     "range": Method(
         "Range Loss", "Cross-entropy, and in every batch tighter classes and a gap between the two nearest centres.",
         ZHANG_RANGE, (4, 8),
-        r"l = -\log p_y + 0.1 \Big( \sum_k \frac{2}{1 / D_1^{(k)} + 1 / D_2^{(k)}} + "
-        r"\max(0, 1 - \min_{j \ne k} \lVert m_j - m_k \rVert^2) \Big), \quad D_1^{(k)}, D_2^{(k)} "
-        r"\text{: the largest squared distances within class } k",
+        r"l &= -\log p_y + 0.1 \, r, \\ r &= \sum_k \frac{2}{1 / D_1^{(k)} + 1 / D_2^{(k)}} + "
+        r"\max(0, 1 - \min_{j \ne k} \lVert m_j - m_k \rVert^2), \\ D_1^{(k)}, D_2^{(k)} "
+        r"& \text{: the largest squared distances within class } k",
         stage1=dict(metric="range", metric_weight=0.1),
     ),
 }  # fmt: skip
@@ -302,8 +302,8 @@ MEMORY: dict[str, Method] = {
     "fslwf": Method(
         "FSLwF", "Learn to make a class's weights from a few images and other classes' weights; use it on rare ones.",
         GIDARIS, (4, 8),
-        r"z_k = \tau \cos(w_k, x), \quad w_{\mathrm{few}} = \phi_{\mathrm{avg}} \odot \tfrac1N \sum_i \bar x_i + "
-        r"\phi_{\mathrm{att}} \odot \tfrac1N \sum_i \sum_b a_{ib} \bar w_b, \quad a_i = \mathrm{softmax}_b \, "
+        r"z_k &= \tau \cos(w_k, x), \\ w_{\mathrm{few}} &= \phi_{\mathrm{avg}} \odot \tfrac1N \sum_i \bar x_i + "
+        r"\phi_{\mathrm{att}} \odot \tfrac1N \sum_i \sum_b a_{ib} \bar w_b, \\ a_i &= \mathrm{softmax}_b \, "
         r"\gamma \cos(\Phi \bar x_i, \kappa_b)",
         stage1=dict(scale=10.0), stage2=dict(shots=5),
     ),
@@ -311,20 +311,21 @@ MEMORY: dict[str, Method] = {
     "oltr": Method(
         "OLTR", "Enrich attended features from a memory of class centroids, and train on with balanced classes.",
         LIU, (4, 8),
-        r"x = \mathrm{mean} \big( f + \mathrm{MA}(f) \odot \mathrm{SA}(f) \big), \quad "
-        r"v = \tfrac{10}{\gamma} \big( x + \tanh(T x) \odot \sum_i o_i c_i \big), \; o = \mathrm{softmax}(H x), \; "
-        r"\gamma = \min_i \lVert x - c_i \rVert, \quad z_k = 16 \, \tfrac{\lVert v \rVert}{1 + \lVert v \rVert} "
-        r"\cos(w_k, v), \quad l = -\log p_y + 0.01 \, l_{\mathrm{centroids}}",
+        r"x &= \mathrm{mean} \big( f + \mathrm{MA}(f) \odot \mathrm{SA}(f) \big), \\ "
+        r"v &= \tfrac{10}{\gamma} \big( x + \tanh(T x) \odot \sum_i o_i c_i \big), \\ "
+        r"o &= \mathrm{softmax}(H x), \quad \gamma = \min_i \lVert x - c_i \rVert, \\ "
+        r"z_k &= 16 \, \tfrac{\lVert v \rVert}{1 + \lVert v \rVert} \cos(w_k, v), \\ "
+        r"l &= -\log p_y + 0.01 \, l_{\mathrm{centroids}}",
         stage2=OLTR,
     ),
     # How the two are joined is our reading: the student is where OLTR starts. All three groups must have classes.
     "oltr+lfme": Method(
         "OLTR+LFME", "Experts on many, medium and few shots teach a student, the less the better it is; then OLTR.",
         XIANG, (4, 8),
-        r"l = -v_i(t) \log p_y + \sum_g w_g(t) \, \mathrm{KL}(q^{(g)} \Vert p^{(g)}), \quad "
-        r"v_i = \pi_i + (1 - \pi_i) \tfrac tT, \quad "
-        r"w_g = \min \Big( 1, \max \Big( 0, \frac{A_g - a_g}{0.7 A_g} \Big) \Big), \quad "
-        r"\pi_i = q_{y_i}, \; a_g, A_g \text{: accuracies of student and expert}",
+        r"l &= -v_i(t) \log p_y + \sum_g w_g(t) \, \mathrm{KL}(q^{(g)} \Vert p^{(g)}), \\ "
+        r"v_i &= \pi_i + (1 - \pi_i) \tfrac tT, \quad \pi_i = q_{y_i}, \\ "
+        r"w_g &= \min \Big( 1, \max \Big( 0, \frac{A_g - a_g}{0.7 A_g} \Big) \Big), \\ "
+        r"a_g, A_g & \text{: accuracies of student and expert}",
         stage1=dict(distillation=2.0, sampler="class_cyclic") | HOLDOUT, stage2=OLTR,
     ),
 }  # fmt: skip

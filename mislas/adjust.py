@@ -102,8 +102,8 @@ def adjust(
 
     Args:
         configs: runs with equal :attr:`RunConfig.shared_pass`, whose ``stage2`` is an Adjustment.
-        stage1: the trained backbone and its linear classifier. The backbone's running statistics are changed in place
-            if the runs shift them; nothing else is.
+        stage1: the trained backbone and its linear classifier. The backbone is frozen in place, and its running
+            statistics are changed if the runs shift them; nothing else is.
 
     Returns:
         One linear classifier per run; its history has one row, with the value that was given or chosen.

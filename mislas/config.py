@@ -92,8 +92,8 @@ class Stage1:
     distillation: float | None = None
 
     def deferred(self, epoch: int) -> bool:
-        """Whether what is deferred is still to come in an epoch (from 0)."""
-        return self.defer is not None and epoch < self.defer * self.epochs
+        """Whether what is deferred is still to come in an epoch (from 0). In the last it never is."""
+        return self.defer is not None and epoch < min(self.defer * self.epochs, self.epochs - 1)
 
     def sampler_in(self, epoch: int) -> str:
         """The sampler of an epoch (from 0)."""

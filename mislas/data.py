@@ -358,6 +358,11 @@ def load(
             splits = _torchvision(name, str(data_root), download)
     else:
         splits = _tree(name, str(data_root), spec.size, spec.num_classes)
+        largest = int(np.bincount(splits[0][1]).max())
+        if largest != spec.train_per_class:
+            raise DataError(
+                f"{name} has {largest} training images in its largest class, and its Spec says {spec.train_per_class}"
+            )
     (train_images, train_targets), (test_images, test_targets), class_names = splits
     index = long_tailed_indices(train_targets, imbalance, spec.num_classes, n_max)
     return Dataset(
@@ -451,10 +456,16 @@ def _binary(folder: Path) -> Splits:
     return train, test, CIFAR10_CLASSES
 
 
-@lru_cache(maxsize=2)
 def _tree(name: str, data_root: str, size: int, num_classes: int) -> Splits:
-    """An image tree, decoded once and kept as plain arrays in the cache folder."""
-    source, members, identity = _find_tree(name, Path(data_root))
+    """An image tree, decoded once for as long as its files are the same."""
+    *_, identity = _find_tree(name, Path(data_root))
+    return _decoded(name, data_root, identity, size, num_classes)
+
+
+@lru_cache(maxsize=2)
+def _decoded(name: str, data_root: str, identity: str, size: int, num_classes: int) -> Splits:
+    """The same, kept as plain arrays in the cache folder, too."""
+    source, members, _ = _find_tree(name, Path(data_root))
     cached = cache_dir() / f"{name}-{identity}-2.npz"  # count up when what decode() takes or gives changes
     arrays = None
     if cached.exists():
@@ -522,8 +533,15 @@ def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple
                 if any(handle.read()):
                     raise EOFError("the archive ends early")
 
-    with place.open("rb") as handle:
-        return place, from_archive, hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+    about = place.stat()
+    return place, from_archive, _digest(place, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Of a file's content, read once for as long as its size and time of change are the same."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
 def _decode_tree(

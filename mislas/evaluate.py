@@ -25,7 +25,8 @@ CELLS = 2**22  # probabilities held in float64 at once: all of iNaturalist 2018'
 @torch.no_grad()
 def predict(network: nn.Module, heads: Sequence[nn.Module], images: Images | ImageBatches) -> list[Tensor]:
     """Logits of every head on plain images, one pass through the backbone, float32: ``(N, K)`` per head, on the CPU."""
-    network.eval()
+    for module in (network, *heads):
+        module.eval()
     outputs: list[list[Tensor]] = [[] for _ in heads]
     for batch in images.plain():
         features = distributed.gather(network(batch))
@@ -148,8 +149,8 @@ def summarise(
     """All measures of a run, and its predictions.
 
     Args:
-        logits: float ``(N, K)``.
-        targets: int64 ``(N,)``.
+        logits: float ``(N, K)``, on any device.
+        targets: int64 ``(N,)``, classes in 0 .. K - 1.
         groups: classes of "many", "medium", "few"; an empty group's measures are None.
 
     Returns:
@@ -162,6 +163,9 @@ def summarise(
     """
     if logits.ndim != 2 or len(logits) != len(targets):
         raise MislasError(f"logits must be (N, K) with N targets, got {tuple(logits.shape)} and {tuple(targets.shape)}")
+    logits, targets = logits.detach().cpu(), targets.cpu()
+    if len(targets) and not (targets.min() >= 0 and targets.max() < logits.shape[1]):
+        raise MislasError(f"targets must be in 0 .. {logits.shape[1] - 1}, got {targets.min()} .. {targets.max()}")
     y = targets.numpy()
     parts = [
         _look(*part)

@@ -164,7 +164,7 @@ def train_few_shot(
 
     Args:
         config: its ``stage2`` is a FewShot.
-        stage1: the trained backbone and its cosine classifier; neither is changed.
+        stage1: the trained backbone and its cosine classifier. The backbone is frozen in place; nothing else changes.
 
     Returns:
         A cosine classifier of all classes.
@@ -181,7 +181,8 @@ def train_few_shot(
 
     inside = torch.isin(data.train_targets, torch.tensor(base))
     targets = torch.searchsorted(torch.tensor(base), data.train_targets[inside])
-    batches = batches_of(data.only(inside, targets), stage, "stage2", config.seed, options)
+    data = data.only(inside, targets)
+    batches = batches_of(data, stage, "stage2", config.seed, options)
     features = features[inside].to(device)
     features_of, posing = forward(network, config, options), max(1, min(len(novel), len(base) // 2))
     steps = -(-len(targets) // stage.batch_size)
@@ -201,6 +202,6 @@ def train_few_shot(
 
     trained = alone(_loop(
         [config], "stage2", network, [head], [[{"params": list(head.parameters()), "lr": stage.lr}]], episodes,
-        len(targets), options, checkpoint, evaluate, train_mode=False,
+        data, options, checkpoint, evaluate, train_mode=False,
     ))  # fmt: skip
     return replace(trained, heads=[head.classifier()])

@@ -176,6 +176,6 @@ def train_memory(
             yield [loss + stage.centroid_weight * head.centroid_loss(features, batch.targets)]
 
     return alone(_loop(
-        [config], "stage2", network, [head], [groups], steps, len(data.train_targets), options, checkpoint, evaluate,
+        [config], "stage2", network, [head], [groups], steps, data, options, checkpoint, evaluate,
         train_mode=trains,
     ))  # fmt: skip

@@ -92,7 +92,8 @@ def _heading(study: Study, dataset: str, shown: Sequence[Record], title: str | N
     for record in shown:
         seeds.setdefault(record.config.dataset, set()).add(record.config.seed)
     used = [f"{name}, seed {', '.join(map(str, sorted(some)))}" for name, some in seeds.items()]
-    return f"{title or study.title(dataset)}\n{study.kind}: {'; '.join(used)}{study.changed.replace(' With', '; with')}"
+    changed = study.changed(shown).replace(" With", "; with")
+    return f"{title or study.title(dataset)}\n{study.kind}: {'; '.join(used)}{changed}"
 
 
 def _nothing(study: Study, dataset: str, title: str | None) -> Table:
@@ -177,7 +178,7 @@ def missing_commands(
 ) -> list[str]:
     """The commands that measure the panels that nobody has measured yet, and what they cost; see :func:`how_to`."""
     asked = _asked(panels, changes)
-    missing = missing_by_command(asked, study.side_by_side(dataset, asked))
+    missing = missing_by_command(asked, [study.complete(found) for found in study.side_by_side(dataset, asked)])
     return [how_to(study, dataset, *command) for command in missing]
 
 

@@ -19,28 +19,38 @@ def instance_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarr
 
 
 def class_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
-    """Independent draws: a class uniformly, then one of its images uniformly (Kang et al., 2020, q = 0)."""
+    """Independent draws: a class uniformly, then one of its images uniformly (Kang et al., 2020, q = 0).
+
+    Raises:
+        MislasError: a class without images, here and in the samplers below.
+    """
     return one_image_each(rng, targets, rng.integers(int(targets.max()) + 1, size=len(targets)))
 
 
 def reverse(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
     """Independent draws: a class with odds 1 / N_k, then one of its images uniformly (Zhou et al., 2020)."""
-    odds = 1 / np.bincount(targets)
+    odds = 1 / _counts(targets)
     return one_image_each(rng, targets, rng.choice(len(odds), size=len(targets), p=odds / odds.sum()))
 
 
 def one_image_each(rng: np.random.Generator, targets: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """An image of each of ``classes``, uniformly among the images of that class."""
-    order, counts = np.argsort(targets, kind="stable"), np.bincount(targets)
+    order, counts = np.argsort(targets, kind="stable"), _counts(targets)
     starts = np.cumsum(counts) - counts
     within = (rng.random(len(classes)) * counts[classes]).astype(np.int64)
     return order[starts[classes] + within]
 
 
+def _counts(targets: np.ndarray) -> np.ndarray:
+    counts = np.bincount(targets)
+    if not counts.all():
+        raise MislasError(f"class {counts.argmin()} has no image to draw; labels count from 0 and leave none out")
+    return counts
+
+
 def class_cyclic(rng: np.random.Generator, targets: np.ndarray, per_visit: int = 4) -> np.ndarray:
     """The authors' code: cycle through the classes in shuffled order, four of each from its own shuffled cycle."""
-    counts = np.bincount(targets)
-    classes = len(counts)
+    classes = len(_counts(targets))
     visits = -(-len(targets) // (classes * per_visit))
     images = np.empty((classes, visits * per_visit), np.int64)
     for k in range(classes):

@@ -232,11 +232,25 @@ class Study:
             self.store = Store(results_root or default_results_root())
             self.options = Options(device=device)
 
-    @property
-    def changed(self) -> str:
-        """What the overrides change, as captions say it: ``" With epochs=2."``; empty without any."""
-        fields = ", ".join(f"{key}={value}" for key, value in self.overrides.items())
-        return f" With {fields}." if fields else ""
+    def changed(self, shown: Sequence[Record] = ()) -> str:
+        """What the overrides change, as captions say it: ``" With epochs=2."``; empty without any.
+
+        Args:
+            shown: the runs of the table or figure. What some of them have otherwise, because the page varies it itself,
+                is left out, and what none of them has.
+        """
+        fields = []
+        for key, value in self.overrides.items():
+            where, field = locate(key)
+            parts = [getattr(record.config, where) if where else record.config for record in shown]
+            found = [getattr(part, field, None) for part in parts]
+            if all(own in (None, value) for own in found) and (value in found or not shown):
+                fields.append(f"{key}={value}")
+        return f" With {', '.join(fields)}." if fields else ""
+
+    def complete(self, records: list[Record]) -> list[Record]:
+        """The records of a run, or none of them if there is one for some of the asked seeds only."""
+        return records if len(records) >= len(self.seeds or [0]) else []
 
     @property
     def kind(self) -> str:

@@ -84,7 +84,9 @@ def table_of(
     """A table with its data and provenance. Where nothing is measured, what is left is what others published; if that
     is nothing, what would be in it, and the commands; and if there are none, nothing at all."""
     if shown:
-        return Table(frame, caption + measured_on(study, shown) + study.changed, [*notes, study.provenance(shown)])
+        return Table(
+            frame, caption + measured_on(study, shown) + study.changed(shown), [*notes, study.provenance(shown)]
+        )
     published = [column for column in frame.columns if {"paper", "authors' code"} & {*column}]
     if beside:
         frame = frame[published] if published else frame
@@ -92,7 +94,7 @@ def table_of(
         frame = pd.DataFrame()
     else:
         return Table(pd.DataFrame(), "")
-    return Table(frame, f"{caption} Nothing of it is measured yet.{study.changed}", notes)
+    return Table(frame, f"{caption} Nothing of it is measured yet.{study.changed()}", notes)
 
 
 def measured_on(study: Study, shown: Sequence[Record]) -> str:
@@ -188,7 +190,8 @@ def table3(
 ) -> Table:
     """Table 3 for one dataset: :data:`TABLE3_ROWS`, or some of them."""
     published = functools.partial(_published_table3, dataset)
-    return compare(study, dataset, methods, imbalances, published, paper.TITLES)
+    titles = paper.TITLES if study.kind != "tiny" and not study.overrides else None  # they name the paper's epochs
+    return compare(study, dataset, methods, imbalances, published, titles)
 
 
 def _published_table3(dataset: str, method: str, imbalance: float) -> float | None:
@@ -353,12 +356,18 @@ def marked(
     say = say or study.command
     cells, notes = [""] * len(asked), []
     shown = [record for records in found for record in records]
-    for letter, command in zip(string.ascii_lowercase, missing_by_command(asked, found), strict=False):
-        mark = f"[{letter}] " * bool(shown)
-        for place, (method, *rest) in enumerate(asked):
-            if not found[place] and method in command[0] and rest == list(command[1:]):
-                cells[place] = mark.strip()
-        notes.append(f"{mark}Not measured yet: `{say(dataset, *command)}`")
+    letters = iter(string.ascii_lowercase)
+    for command in missing_by_command(asked, [study.complete(records) for records in found]):
+        blank = [
+            place
+            for place, (method, *rest) in enumerate(asked)
+            if not found[place] and method in command[0] and rest == list(command[1:])
+        ]
+        mark = f"[{next(letters)}]" if blank and shown else ""
+        for place in blank:
+            cells[place] = mark
+        what = "Not measured yet" if blank else "Not measured with every seed yet"
+        notes.append(f"{mark} {what}: `{say(dataset, *command)}`".strip())
     exact = [[] if star(records, shown) else ["exact, or missing"] for records in found]
     starred_runs = missing_by_command(asked, exact)
     return cells, notes + [f"[*] On exact images: `{say(dataset, *command)}`" for command in starred_runs]
@@ -366,7 +375,7 @@ def marked(
 
 def missing_notes(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
     """Notes naming the commands for the runs that were not found; for many, the campaign's: it trains them together."""
-    commands = missing_by_command(asked, found)
+    commands = missing_by_command(asked, [study.complete(records) for records in found])
     if len(commands) > 3:
         return [f"Not measured yet: `{study.campaign_command(dataset, asked[0][1])}`"]
     return [f"Not measured yet: `{study.command(dataset, *command)}`" for command in commands]
@@ -565,10 +574,10 @@ def table5(study: Study) -> Table:
             rows[f"{name}: code"] = [
                 _setting(value) + ("" if equal else ", differs") for value, equal in zip(ours, same, strict=True)
             ]
-        caption = "Table 5: the paper's settings, and the defaults of the code for MiSLAS."
+        caption = "Table 5: the paper's settings, and what the code trains MiSLAS with."
         notes = [f"Cells that agree: {agree}; that differ: {differ}."]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=pd.MultiIndex.from_tuples(columns))
-    return Table(frame, caption, notes)
+    return Table(frame, caption + study.changed(), notes)
 
 
 def _settings(config: RunConfig) -> list[Any]:
@@ -739,7 +748,7 @@ def by_groups(
             mark or _metric(records, GROUP_METRICS[column]) for mark, records in zip(marks, found, strict=True)
         ]
     cells["ECE", study.kind] = [_metric(records, "ece") for records in found]
-    frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE[method] for method in published])
+    frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE.get(m, METHODS[m].title) for m in published])
     shown = [record for records in found for record in records]
     caption = f"Top-1 accuracy{' and ECE' * bool(shown)} (%), {title or study.title(dataset)}."
     return table_of(study, frame, caption, notes, shown, beside)

@@ -466,7 +466,7 @@ def stage1_run(
         steps = taught
     trained = yield from _loop(
         [config], "stage1", network, [head], [groups], steps,
-        len(data.train_targets), options, checkpoint, evaluate, train_mode=True, together=together,
+        data, options, checkpoint, evaluate, train_mode=True, together=together,
     )  # fmt: skip
     for module in (network, head):
         round_to_half(module)
@@ -485,8 +485,8 @@ def train_stage2(
 
     Args:
         configs: runs with equal :attr:`RunConfig.shared_pass`.
-        stage1: the trained backbone and its linear classifier. The backbone's batch norm is changed in place if the
-            runs shift it; nothing else is.
+        stage1: the trained backbone and its linear classifier. The backbone is frozen in place: none of its weights
+            requires gradients any more; and its batch norm is changed if the runs shift it. Nothing else is.
 
     Raises:
         MislasError: runs that do not see the same features, or one that diverged.
@@ -517,7 +517,8 @@ def train_stage2(
 
     return alone(_loop(
         list(configs), "stage2", network, heads, groups, on_frozen_features,
-        len(data.train_targets), options, checkpoint, evaluate, train_mode=first.stage2.shift_bn,
+        data, options, checkpoint, evaluate,
+        train_mode=first.stage2.shift_bn,
     ))  # fmt: skip
 
 
@@ -542,8 +543,16 @@ def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable
     precision = autocast(config, device)
 
     def features_of(batch: Batch, *branch: int) -> Tensor:
-        with precision:
-            features = call(batch.images, *branch)
+        try:
+            with precision:
+                features = call(batch.images, *branch)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise MislasError(
+                f"batch norm cannot train on a batch of {len(batch.targets)} image(s) of this size: the last batch of "
+                "an epoch is what batch_size leaves over; choose another batch_size"
+            ) from error
         return distributed.gather(features.float(), len(batch.targets))
 
     return features_of
@@ -556,7 +565,7 @@ def _loop(
     heads: list[nn.Module],
     groups: list[list[dict]],
     steps: Callable[[int], Iterator[Forward | list[Tensor]]],
-    images: int,
+    data: LongTailed,
     options: Options,
     checkpoint: Path | None,
     evaluate: Callable | None,
@@ -577,7 +586,8 @@ def _loop(
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     network.train(train_mode)
 
-    state = _State(network, heads, optimizers, histories=[[] for _ in configs], together=together)
+    images = len(data.train_targets)
+    state = _State(network, heads, optimizers, data.checksum, histories=[[] for _ in configs], together=together)
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, configs)
     learned_alone = [p for head in heads for p in head.parameters() if p.requires_grad]
@@ -668,6 +678,7 @@ class _State:
     network: nn.Module
     heads: list[nn.Module]
     optimizers: list[torch.optim.Optimizer]
+    data: str  # its checksum
     histories: list[list[dict[str, float]]]
     epoch: int = 0
     seconds: float = 0.0
@@ -676,6 +687,7 @@ class _State:
     def save(self, path: Path, configs: list[RunConfig]) -> None:
         content = {
             "runs": [config.id for config in configs],
+            "data": self.data,
             "epoch": self.epoch,
             "seconds": self.seconds,
             "together": self.together,
@@ -693,6 +705,11 @@ class _State:
             content = torch.load(path, map_location="cpu", weights_only=True)
             if content["runs"] != [config.id for config in configs]:
                 raise RecordError(f"checkpoint {path} belongs to other runs; delete it to start these afresh")
+            if content.get("data", self.data) != self.data:
+                raise RecordError(
+                    f"checkpoint {path} is of a training on other images (checksum {content['data']}, now "
+                    f"{self.data}); bring those back, or delete it to start afresh"
+                )
             self.network.load_state_dict(content["network"])
             for own, stored in zip(self.heads + self.optimizers, content["heads"] + content["optimizers"], strict=True):
                 own.load_state_dict(stored)

@@ -182,7 +182,7 @@ def root(monkeypatch, tmp_path):
     """A folder with the image tree of ``tiny``, a dataset of 3 classes, 6 + 2 JPEGs of 8x8 pixels each."""
     monkeypatch.setitem(SPECS, "tiny", Spec("Tiny", 3, 8, 6))
     monkeypatch.setenv("MISLAS_CACHE", str(tmp_path / "cache"))
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("test", 2)):
         for name in CLASSES:
@@ -191,7 +191,7 @@ def root(monkeypatch, tmp_path):
             for i in range(count):
                 Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8)).save(folder / f"{i}.jpg")
     yield tmp_path / "data"
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
 
 
 def pack(root, suffix, prefix=""):
@@ -224,7 +224,7 @@ def test_a_tree_gives_its_pixels_with_classes_in_order_of_name(root):
 def test_an_archive_gives_the_same_dataset_as_the_folder(root, suffix, prefix):
     folder = load("tiny", root, imbalance=3)
     pack(root, suffix, prefix)
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
     archive = load("tiny", root, imbalance=3)
     assert_same(folder, archive)
     assert folder.checksum == archive.checksum
@@ -238,17 +238,33 @@ def test_names_that_begin_with_a_dot_are_passed_over(root):
         (folder / ".ipynb_checkpoints").mkdir()
         for stray in (".DS_Store", "ant/.DS_Store", "ant/._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg"):
             (folder / stray).write_bytes(b"no image")
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
     assert_same(clean, load("tiny", root, imbalance=1))
     pack(root, ".tar")
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
     assert_same(clean, load("tiny", root, imbalance=1))
+
+
+@pytest.mark.parametrize("suffix", [None, ".tar"])
+def test_files_that_change_are_read_again(root, suffix):
+    if suffix:
+        pack(root, suffix)
+    before = load("tiny", root, imbalance=1).checksum
+    if suffix:
+        with tarfile.open(root / "tiny.tar") as tar:
+            tar.extractall(root / "tiny", filter="data")
+        (root / "tiny.tar").unlink()
+    Image.new("RGB", (8, 8)).save(root / "tiny" / "train" / "ant" / "0.jpg")
+    if suffix:
+        pack(root, suffix)
+    assert load("tiny", root, imbalance=1).checksum != before
 
 
 @pytest.mark.parametrize("restarted", [False, True])
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        (Spec("Tiny", 3, 8, 5), "has 6 training images in its largest class, and its Spec says 5"),
         (Spec("Tiny", 3, 16, 6), r"test/ant/0\.jpg is 8x8 pixels, not 16x16"),
         (Spec("Tiny", 2, 8, 6), r"has 3 classes under train/; 'tiny' has 2"),
     ],
@@ -258,16 +274,16 @@ def test_decoded_images_are_held_to_a_changed_spec(root, monkeypatch, spec, mess
     with monkeypatch.context() as patch:
         patch.setitem(SPECS, "tiny", spec)
         if restarted:
-            data._tree.cache_clear()
+            data._decoded.cache_clear()
         with pytest.raises(DataError, match=message):
             load("tiny", root, imbalance=1)
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
     assert_same(first, load("tiny", root, imbalance=1))
 
 
 def test_decoded_images_come_from_the_cache_the_second_time(root, monkeypatch):
     first = load("tiny", root, imbalance=1)
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
     monkeypatch.setattr(data, "_decode_tree", None)
     assert_same(first, load("tiny", root, imbalance=1))
 
@@ -277,7 +293,7 @@ def test_a_damaged_cache_is_ignored_and_mended(root, tmp_path):
     (cached,) = (tmp_path / "cache").iterdir()
     whole = cached.read_bytes()
     cached.write_bytes(whole[: len(whole) // 2])
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
     assert_same(first, load("tiny", root, imbalance=1))
     assert cached.stat().st_size == len(whole)
 
@@ -292,7 +308,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(root, monkeypatch, tmp_path
 def test_a_changed_tree_is_decoded_again(root):
     before = load("tiny", root, imbalance=1)
     Image.new("RGB", (8, 8)).save(root / "tiny" / "test" / "ant" / "0.jpg")
-    data._tree.cache_clear()
+    data._decoded.cache_clear()
     after = load("tiny", root, imbalance=1)
     assert not torch.equal(before.test_images[0], after.test_images[0])
     assert after.test_images[0].sum() == 0

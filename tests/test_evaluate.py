@@ -191,8 +191,9 @@ def test_bad_confidences_are_refused(arguments, message):
         (torch.zeros(3), torch.zeros(3, dtype=torch.long)),
         (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)),
         (torch.full((3, 2), torch.nan), torch.zeros(3, dtype=torch.long)),
+        (torch.zeros(3, 2), torch.tensor([0, 1, 2])),
     ],
-    ids=["lengths", "one dimension", "empty", "nan"],
+    ids=["lengths", "one dimension", "empty", "nan", "label"],
 )
 def test_bad_logits_are_refused(logits, targets):
     with pytest.raises(MislasError):
@@ -203,7 +204,7 @@ def test_predict_gives_the_logits_of_every_head_in_float32_and_evaluation_mode()
     torch.manual_seed(0)
     raw = torch.randint(256, (7, 4, 4, 3), dtype=torch.uint8)
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
-    heads = [nn.Linear(6, 3), nn.Linear(6, 2)]
+    heads = [nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 3)), nn.Linear(6, 2)]
     images = Images(raw, (0.5,) * 3, (0.25,) * 3, padding=1)
     got = predict(network, heads, SimpleNamespace(plain=lambda: images.plain(3)))
     x = (raw.permute(0, 3, 1, 2).flatten(1) / 255 - 0.5) / 0.25

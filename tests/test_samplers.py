@@ -38,6 +38,12 @@ def test_class_balanced_draws_are_independent_of_the_one_before():
     assert chisquare(pairs).pvalue > 0.01
 
 
+@pytest.mark.parametrize("sampler", [class_balanced, reverse, class_cyclic])
+def test_a_class_without_images_is_refused(sampler):
+    with pytest.raises(MislasError, match="class 1 has no image to draw"):
+        sampler(np.random.default_rng(0), np.array([0, 0, 2]))
+
+
 def test_reverse_draws_a_class_with_odds_of_its_inverse_size():
     rng = np.random.default_rng(0)
     seen = np.bincount(TARGETS[np.concatenate([reverse(rng, TARGETS) for _ in range(1000)])])

@@ -326,6 +326,26 @@ def test_overrides_may_suit_another_dataset_than_the_digits():
     assert (balanced.n_max, pretrained.stage1.weights) == (1240, "0123abcd")
 
 
+def test_captions_name_no_override_that_the_page_varies_itself_or_no_run_has(made_up):
+    study = Study(results_root=made_up.root, overrides={"eps_1": 0.4, "shift_epochs": 3})
+    grid = [made_up("cifar10", "mislas", {"eps_1": eps, "eps_k": 0.0}) for eps in (0.4, 0.5)]
+    assert study.changed() == " With eps_1=0.4, shift_epochs=3."
+    assert study.changed(grid[:1]) == " With eps_1=0.4."
+    assert study.changed(grid) == ""
+
+
+def test_seeds_that_were_asked_for_and_are_missing_have_a_command(made_up):
+    made_up("cifar10", "ce")
+    study = Study(results_root=made_up.root, seeds=[0, 1])
+    table = table3(study, "cifar10", [100], ["ce", "mislas"])
+    given = "mislas train --dataset cifar10 --imbalance 100 --method ce mislas --seed 0 1 --data-root DIR"
+    assert table.notes[0] == f"[a] Not measured yet: `{given}`"
+    alone = table3(study, "cifar10", [100], ["ce"]).notes[0]
+    assert alone == f"Not measured with every seed yet: `{given.replace(' mislas --seed', ' --seed')}`"
+    (command,) = missing_commands(study, "cifar10", [("CE", "ce", 100)])
+    assert command.startswith(given.replace(" mislas --seed", " --seed"))
+
+
 def test_captions_name_the_overrides(made_up):
     made_up("cifar10", "ce", {"stage1.weight_decay": 5e-4})
     study = Study(results_root=made_up.root, overrides={"stage1.weight_decay": 5e-4})

@@ -247,6 +247,12 @@ def test_class_weights_and_samplers_are_deferred():
     assert {weighted.sampler_in(epoch) for epoch in range(200)} == {"instance_balanced"}
 
 
+@pytest.mark.parametrize("epochs", [1, 3, 4, 5])
+def test_what_is_deferred_comes_in_the_last_epoch_at_least(epochs):
+    stage = configure("digits", "ce+drw", overrides={"epochs": epochs}).stage1
+    assert [stage.deferred(epoch) for epoch in range(epochs)] == [True] * (epochs - 1) + [False]
+
+
 def test_the_objective_is_weighted_cross_entropy_once_weights_are_due():
     counts, stage = (50, 15, 5), configure("digits", "ce+drw", overrides={"epochs": 10}).stage1
     logits, targets = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 0, 1])
@@ -484,6 +490,22 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(digits, options, 
         train_stage1(digits_config("ce", epochs=2), digits, options, path)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == content
+
+
+def test_a_checkpoint_of_other_images_is_refused_and_left_alone(digits, options, tmp_path):
+    config, path = digits_config("ce", epochs=1), tmp_path / "run.ckpt"
+    train_stage1(config, digits, options, path)
+    content = path.read_bytes()
+    other = replace(digits, train_images=255 - digits.train_images)
+    with pytest.raises(RecordError, match=r"other images \(checksum \w{16}, now \w{16}\); bring those back"):
+        train_stage1(config, other, options, path)
+    assert path.read_bytes() == content
+
+
+def test_a_batch_of_one_is_one_line_where_batch_norm_cannot_take_it(digits, options):
+    config = digits_config("ce", backbone="resnet10", batch_size=1)
+    with pytest.raises(MislasError, match=r"batch norm cannot train on a batch of 1 image\(s\) of this size"):
+        train_stage1(config, digits, options)
 
 
 # ------------------------------------------------------------------------------------------------------------- speed

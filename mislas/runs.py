@@ -105,7 +105,16 @@ class Store:
         self.root = Path(root).expanduser()
 
     def path(self, config: RunConfig, suffix: str) -> Path:
-        """Where a run's file goes."""
+        """Where a run's file goes.
+
+        Raises:
+            MislasError: a dataset whose name cannot begin a folder's.
+        """
+        if not re.fullmatch(r"\w[\w.-]*", config.dataset):
+            raise MislasError(
+                f"dataset {config.dataset!r} cannot name a folder of a store: register it under a name of letters, "
+                "digits, '_', '-' and '.' that begins with one of the first three"
+            )
         folder = f"{config.dataset}-if{config.imbalance:g}"
         method = re.sub(r"[^\w.-]", "-", config.method)
         return self.root / folder / f"{method}-s{config.seed}-{config.id}{suffix}"
@@ -240,26 +249,46 @@ def read_record(path: Path, text: str | None = None) -> Record:
     Raises:
         ForeignRecord: the run needs code that is not here, such as a loss that another script registers, or what is
             registered here does not allow it.
-        RecordError: it is not whole.
+        RecordError: it is not whole, has values of other types than a record, or is of another version's schema.
     """
     try:
         content = json.loads(path.read_text() if text is None else text)
         config = RunConfig.from_json(content["config"])
         record = Record(config, content["metrics"], content["history"], content["provenance"], path)
         identity = content["id"]
-        for part, keys in (("metrics", ("accuracy", "ece")), ("provenance", SOURCE)):
-            _ = [content[part][key] for key in keys]
+        _check_types(content)
     except UnknownName as error:
         raise ForeignRecord(f"record {path} needs code that is not loaded: {error}") from error
     except MislasError as error:
         raise ForeignRecord(f"record {path} does not fit what is registered here: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecordError(
             f"record {path} cannot be read ({type(error).__name__}: {error}); restore it, or delete it to run again"
         ) from error
     if identity != config.id:
         raise RecordError(f"record {path} was changed: its configuration has identity {config.id}, not {identity}")
     return record
+
+
+def _check_types(content: dict[str, Any]) -> None:
+    """Raise an error of Python's own if a record has, beside what decides its numbers, what :meth:`Store.put` never
+    writes."""
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {content['schema']!r}, this version's is {SCHEMA}")
+    metrics, history, source = (content[part] for part in ("metrics", "history", "provenance"))
+    number = int | float
+    for name, value, kind in (
+        ("config.method", content["config"]["method"], str),
+        *((f"metrics.{key}", metrics[key], number) for key in ("accuracy", "ece")),
+        *((f"metrics.{key}", value, number | None) for key, value in metrics.items()),
+        *((f"provenance.{key}", source[key], str) for key in SOURCE),
+        ("provenance.seconds", source.get("seconds", 0), number),
+        *(("a number of provenance.class_counts", count, int) for count in source.get("class_counts", ())),
+        ("history", history, list),
+        *((f"history's {key}", value, number | None) for row in history for key, value in row.items()),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
@@ -542,13 +571,15 @@ def device_name(device: torch.device) -> str:
 
 
 def _commit() -> str:
-    """The commit of the code that runs, with ``+changes`` if files of the library differ from it."""
+    """The commit of the code that runs, with ``+changes`` if files of the library differ from it; ``"unknown"`` where
+    they are in no repository, or only lie in somebody else's."""
     here = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", here, *args], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", "--", Path(__file__).name)
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

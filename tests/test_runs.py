@@ -1,5 +1,6 @@
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -463,6 +464,35 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_left_alone(tmp_path):
     assert contents(store) == {path.relative_to(tmp_path): b"PK\x03\x04 cut short"}
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        (("schema",), 2, "its schema is 2, this version's is 1"),
+        (("config", "method"), None, "config.method is None"),
+        (("metrics", "accuracy"), None, "metrics.accuracy is None"),
+        (("metrics", "nll"), "0.5", "metrics.nll is '0.5'"),
+        (("metrics",), [], "TypeError"),
+        (("provenance", "date"), 20260101, "provenance.date is 20260101"),
+        (("provenance", "seconds"), "long", "provenance.seconds is 'long'"),
+        (("provenance", "class_counts"), [5, "4"], "class_counts is '4'"),
+        (("history",), {}, "history is {}"),
+        (("history",), ["epoch"], "AttributeError"),
+        (("history", -1, "train_loss"), "0.5", "history's train_loss is '0.5'"),
+    ],
+)
+def test_a_record_with_values_of_other_types_is_refused_in_one_line(store, part, value, message):
+    path = store.find(CE)
+    content = json.loads(path.read_text())
+    *outer, last = part
+    place = content
+    for key in outer:
+        place = place[key]
+    place[last] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecordError, match=f"{re.escape(str(path))} cannot be read .*{re.escape(message)}"):
+        list(store)
+
+
 def test_the_store_needs_the_data_only_to_train(store, monkeypatch):
     monkeypatch.setattr(runs, "load", None)
     assert run(CE, store)[0].metrics == store.get(CE).metrics
@@ -521,3 +551,36 @@ def test_what_cannot_be_trained_stops_the_rest_before_it_begins(tmp_path):
 def test_a_method_of_any_name_has_a_file_of_its_own(tmp_path):
     named = replace(CE, method="a/b c")
     assert Store(tmp_path).path(named, ".json").name == f"a-b-c-s0-{CE.id}.json"
+
+
+@pytest.mark.parametrize("name", ["my cells", "a+b", "a/b", ".hidden"])
+def test_a_dataset_whose_name_no_folder_can_have_stops_before_it_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(SPECS, name, SPECS["digits"])
+    monkeypatch.setattr(runs, "load", None)
+    message = f"dataset {name!r} cannot name a folder of a store: register it under a name of letters, digits"
+    with pytest.raises(MislasError, match=re.escape(message)):
+        run(replace(CE, dataset=name), Store(tmp_path), options=OPTIONS)
+
+
+def test_a_commit_is_that_of_the_repository_which_has_the_library(tmp_path, monkeypatch):
+    """Installed into an ignored folder of somebody's repository the library has no commit; tracked there it has."""
+
+    def git(*arguments):
+        named = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", "-C", tmp_path, *named, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    file = tmp_path / "installed" / "runs.py"
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.setattr(runs, "__file__", str(file))
+    git("init")
+    (tmp_path / ".gitignore").write_text("installed\n")
+    git("add", ".gitignore")
+    git("commit", "-m", "first")
+    assert runs._commit() == "unknown"
+    git("add", "--force", "installed")
+    git("commit", "-m", "second")
+    assert runs._commit() == git("rev-parse", "HEAD")
+    file.write_text("changed")
+    assert runs._commit() == git("rev-parse", "HEAD") + "+changes"

@@ -6,17 +6,17 @@ import contextlib
 import io
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from .config import RunConfig
-from .data import write_atomically
+from .data import groups, write_atomically
 from .errors import RecordError
-from .evaluate import BINS, reliability
-from .runs import Record, Store, group_id, read_record, read_weights
+from .evaluate import BINS, Predictions, reliability
+from .runs import STEPS, Record, Store, group_id, read_record, read_weights
 
 _MEMBER = re.compile(r"\w[\w.-]*/\w[\w.-]*\.(json|npz|safetensors|ckpt)")
 _SUFFIXES = (".npz", ".safetensors", ".json")  # records last: what has one is complete
@@ -85,7 +85,8 @@ def merge(archive: Path, store: Store) -> list[Record]:
 
     Raises:
         RecordError: damage, in the archive or in what the store has of its runs; a member that does not belong in a
-            store; measures that do not follow from the predictions; or a conflict.
+            store; measures that do not follow from the predictions, of which all but ``adaptive_ece``,
+            ``classwise_ece`` and ``brier`` do; or a conflict.
     """
     members = _read_archive(archive)
     records, checkpoints = _check(members, archive)
@@ -160,24 +161,51 @@ def _check(members: Members, where: Path) -> tuple[dict[str, Record], dict[str, 
 
 
 def _check_measures(record: Record, data: bytes, path: Path) -> None:
-    """Hold a record's measures against its ``.npz``, every array of which must be whole."""
+    """Hold the measures that :func:`_bounds` knows against a record's ``.npz``, every array of which must be whole."""
     try:
         with np.load(io.BytesIO(data)) as stored:
             arrays = {key: stored[key] for key in stored.files}
         names = ("target", "predicted", "confidence", "true_probability")
-        target, predicted, confidence, _ = np.stack([arrays[name] for name in names])
-        ece = reliability(confidence / 65535, predicted == target).ece
+        target, predicted, confidence, own = np.stack([arrays[name] for name in names])
+        bounds = _bounds(Predictions(target, predicted, confidence / STEPS, own / STEPS), arrays["class_counts"])
     except Exception as error:
         raise RecordError(f"{path} is damaged ({type(error).__name__}); restore it, or take its run out") from error
-    # Rounding to steps of 1 / 65535 may have moved those at the edge of two bins: each adds up to 1 / N to both gaps.
-    moved = (confidence % (65535 // BINS) == 0) & (confidence < 65535)
-    for name, value, within in (
-        ("accuracy", np.mean(predicted == target), 1e-5),
-        ("ece", ece, 1e-5 + 2 * np.mean(moved)),
-    ):
-        said = record.metrics[name]
-        if not isinstance(said, int | float) or not abs(said - value) <= within:  # NaN is not within anything
-            raise RecordError(f"{path} gives {name} {value:.4f}, its record says {said}; restore both or take both out")
+    for name, found in bounds.items():
+        said = record.metrics.get(name)
+        low, high = found or (np.nan, np.nan)  # NaN, found or said, is in no bounds
+        if found is said is None or (said is not None and low - 1e-5 <= said <= high + 1e-5):
+            continue
+        gives = f"{low:.4f} to {high:.4f}" if low < high else f"{low:.4f}"
+        raise RecordError(f"{path} gives {name} {gives}, its record says {said}; restore both or take both out")
+
+
+def _bounds(predictions: Predictions, class_counts: Sequence[int]) -> dict[str, tuple[float, float] | None]:
+    """By name the least and the most that measures can be, given probabilities rounded to steps; None for those of a
+    group without images.
+
+    Rounding may have moved confidences at the edge of two bins. Of a bin of n, m such can change the gap by
+    2 m / (n - m), and each changes an ECE over N by up to 2 / N. Of ``nll`` there is no most where a probability is
+    rounded to 0.
+    """
+    edge = np.rint(predictions.confidence * STEPS) / (STEPS // BINS)
+    moved = (edge % 1 == 0) & (edge < BINS)
+    parts = {"": np.ones(len(moved), bool)}
+    parts |= {f"_{name}": np.isin(predictions.target, classes) for name, classes in groups(class_counts).items()}
+    bounds: dict[str, tuple[float, float] | None] = {}
+    for end, part in parts.items():
+        bounds |= {f"accuracy{end}": None, f"ece{end}": None}
+        if part.any():
+            correct = predictions.correct[part]
+            ece, more = reliability(predictions.confidence[part], correct).ece, 2 * moved[part].mean()
+            bounds |= {f"accuracy{end}": (correct.mean(),) * 2, f"ece{end}": (ece - more, ece + more)}
+    bins, at = predictions.reliability(), np.bincount(edge[moved].astype(int), minlength=BINS + 1)
+    near = at[:-1] + at[1:]
+    more = (2 * near / np.maximum(bins.count - near, 1)).max()
+    own, half = predictions.true_probability, 0.5 / STEPS
+    with np.errstate(divide="ignore"):
+        nll = -np.log(own + half).mean(), -np.log(np.maximum(own - half, 0)).mean()
+    mean = predictions.confidence.mean()
+    return bounds | {"confidence": (mean, mean), "mce": (bins.mce - more, bins.mce + more), "nll": nll}
 
 
 def _read_checkpoint(data: bytes, path: Path) -> Checkpoint:

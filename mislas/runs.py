@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from .pipeline import ImageBatches
 
 SCHEMA = 1
+STEPS = 65535  # probabilities are stored as so many of them: 16-bit fixed point
 SOURCE = ("date", "commit", "device", "torch", "data", "data_checksum")  # what tables cite of where a run comes from
 
 
@@ -85,14 +86,14 @@ class Record:
             ) from error
 
     def predictions(self) -> Predictions:
-        """Test predictions; probabilities are stored as 16-bit fixed point (steps of 1 / 65535)."""
+        """Test predictions; probabilities are stored in steps of 1 / :data:`STEPS`."""
         a = self.arrays()
         try:
             return Predictions(
                 a["target"].astype(np.int64),
                 a["predicted"].astype(np.int64),
-                a["confidence"] / 65535,
-                a["true_probability"] / 65535,
+                a["confidence"] / STEPS,
+                a["true_probability"] / STEPS,
             )
         except KeyError as error:
             raise RecordError(f"{self.path.with_suffix('.npz')} has no {error}; restore it") from error
@@ -513,8 +514,8 @@ def finish(
         arrays = {
             "target": predictions.target.astype(small),
             "predicted": predictions.predicted.astype(small),
-            "confidence": np.rint(predictions.confidence * 65535).astype(np.uint16),
-            "true_probability": np.rint(predictions.true_probability * 65535).astype(np.uint16),
+            "confidence": np.rint(predictions.confidence * STEPS).astype(np.uint16),
+            "true_probability": np.rint(predictions.true_probability * STEPS).astype(np.uint16),
             "weight_norm": weight.detach().norm(dim=1).cpu().numpy(),
             "class_counts": np.array(data.class_counts, np.int32),
             **statistics,

@@ -312,32 +312,68 @@ def test_merge_refuses_the_checkpoint_of_other_runs(tmp_path):
             merge(archive, Store(tmp_path / "store"))
 
 
-def put(store, confidence, right, ece):
-    """A run with these predictions and this ECE in its record."""
+def put(store, sure, right, own, measures):
+    """A run with these predictions of class 0, which has many training images, and these measures in its record."""
     target, lws = np.zeros(len(right), np.uint8), configs()[1]
     arrays = {
         "target": target,
         "predicted": np.where(right, 0, 1).astype(np.uint8),
-        "confidence": np.rint(np.array(confidence) * 65535).astype(np.uint16),
-        "true_probability": np.zeros(len(right), np.uint16),
+        "confidence": np.rint(np.array(sure) * 65535).astype(np.uint16),
+        "true_probability": np.rint(np.array(own) * 65535).astype(np.uint16),
+        "class_counts": np.array([200] + [10] * 9),
     }
+    accuracy, ece = float(np.mean(right)), measures["ece"]
+    known = {"accuracy": accuracy, "accuracy_many": accuracy, "ece_many": ece, "confidence": float(np.mean(sure))}
     source = dict.fromkeys(("date", "commit", "device", "torch", "data", "data_checksum"), "made up")
-    store.put(lws, {"accuracy": float(np.mean(right)), "ece": ece}, [], arrays, source)
+    store.put(lws, known | measures, [], arrays, source)
     return write(store.root.with_suffix(".tar"), files(store))
 
 
-def test_merge_works_out_the_ece(tmp_path):
-    """Bin (0.4, 0.467]: 0.45 sure, half of them right; bin (0.933, 1]: all sure, all right. ECE = 0.05 / 2."""
-    confidence, right = [0.45, 0.45, 1, 1], [1, 0, 1, 1]
-    assert len(merge(put(Store(tmp_path / "right"), confidence, right, 0.025), Store(tmp_path / "store"))) == 1
-    with pytest.raises(RecordError, match=r"gives ece 0\.0250, its record says 0\.026"):
-        merge(put(Store(tmp_path / "wrong"), confidence, right, 0.026), Store(tmp_path / "other"))
+#: Bin (0.4, 0.467]: 0.45 sure, half of them right; bin (0.933, 1]: all sure, all right.
+WORKED = {"ece": 0.05 / 2, "mce": 0.05, "nll": -(np.log(0.45) + np.log(0.2)) / 4}
+
+
+def worked(root, **measures):
+    return put(Store(root), [0.45, 0.45, 1, 1], [1, 0, 1, 1], [0.45, 0.2, 1, 1], WORKED | measures)
+
+
+def test_merge_works_out_the_measures(tmp_path):
+    assert len(merge(worked(tmp_path / "right"), Store(tmp_path / "store"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("ece", 0.026, "0.0250"),
+        ("ece_many", 0.0, "0.0250"),
+        ("accuracy_many", None, "0.7500"),
+        ("accuracy_few", 0.999, "nan"),
+        ("confidence", 0.726, "0.7250"),
+        ("mce", 0.051, "0.0500"),
+        ("nll", 0.001, "0.6020"),
+    ],
+)
+def test_merge_refuses_measures_that_do_not_follow_from_the_predictions(tmp_path, name, value, found):
+    with pytest.raises(RecordError, match=rf"gives {name} {found}.*, its record says {value}"):
+        merge(worked(tmp_path / "wrong", **{name: value}), Store(tmp_path / "other"))
 
 
 def test_merge_allows_for_a_confidence_that_rounding_moved_into_the_bin_below(tmp_path):
     """0.200001 is above the edge at 0.2, but not once it is rounded. With it apart ECE = (0.8 + 0.15) / 2."""
-    archive = put(Store(tmp_path / "made"), [0.200001, 0.15], [1, 0], 0.475)
+    measures = {"ece": 0.475, "mce": 0.8, "nll": -np.log(0.200001 * 0.1) / 2}
+    archive = put(Store(tmp_path / "made"), [0.200001, 0.15], [1, 0], [0.200001, 0.1], measures)
     assert len(merge(archive, Store(tmp_path / "store"))) == 1
+
+
+def test_merge_allows_for_a_probability_that_is_rounded_to_0(tmp_path):
+    """The least likely that is rounded so is 1 / 131070; of one that is 1e-9 the likelihood's logarithm is far less."""
+    archives = [
+        put(Store(tmp_path / name), [1], [0], [1e-9], {"ece": 1.0, "mce": 1.0, "nll": nll})
+        for name, nll in (("right", -np.log(1e-9)), ("wrong", 11.0))
+    ]
+    assert len(merge(archives[0], Store(tmp_path / "store"))) == 1
+    with pytest.raises(RecordError, match=r"gives nll 11\.7835 to inf, its record says 11"):
+        merge(archives[1], Store(tmp_path / "other"))
 
 
 def test_merge_refuses_an_archive_cut_short(full, tmp_path):

@@ -41,7 +41,10 @@ STAGE2_MIXUP = {"stage2.mixup": 1.0}
 
 
 def wanted(
-    dataset: str, imbalances: Sequence[float | None] | None = None, seeds: Sequence[int] = (0,)
+    dataset: str,
+    imbalances: Sequence[float | None] | None = None,
+    seeds: Sequence[int] = (0,),
+    overrides: dict[str, Any] | None = None,
 ) -> list[RunConfig]:
     """What the book would like to show of a dataset, most wanted first.
 
@@ -54,34 +57,46 @@ def wanted(
     a dataset of list files it is what its tables and figures have, with their backbones; it has one imbalance factor.
     Of Tiny-ImageNet at 64 pixels it is the same as of ImageNet-LT, at imbalance factor 100, after Table 1's rows on
     :data:`mislas.study.SHORT`, and the balanced model.
+
+    Args:
+        overrides: fields to change in every run before what tells it from others, as :class:`mislas.study.Study` does:
+            see :meth:`RunConfig.override`.
+
+    Raises:
+        MislasError: an unknown dataset or field, or a value outside its range.
     """
+    overrides = overrides or {}
+
+    def one(method: str, imbalance: float | None, seed: int, changes: dict[str, Any] | None = None) -> RunConfig:
+        return configure(dataset, method, imbalance, seed, overrides).override(changes or {})
+
     large = dataset_name(dataset) in (*LISTS, "tinyimagenet64")
     imbalances = imbalances or ((None,) if large else (100, 50, 10))
     if large:
         rows = _large(dataset_name(dataset))
-        configs = [configure(dataset, m, i, seed, more) for seed in seeds for i in imbalances for m, more in rows]
+        configs = [one(m, i, seed, more) for seed in seeds for i in imbalances for m, more in rows]
         if dataset_name(dataset) not in LISTS:  # Figure 8's balanced model
             plain = [{"backbone": backbone} for backbone in ("resnet10", "resnet50")]
-            configs += [configure(dataset, "ce", 1, seed, more) for seed in seeds for more in plain]
+            configs += [one("ce", 1, seed, more) for seed in seeds for more in plain]
         return list({config.id: config for config in configs}.values())
     configs = []
     for seed in seeds:
         first = imbalances[0]
-        configs += [configure(dataset, method, imbalance, seed) for imbalance in imbalances for method in TABLE_3]
+        configs += [one(method, imbalance, seed) for imbalance in imbalances for method in TABLE_3]
         for imbalance in imbalances:
             variants = [*GRID, *FORMS, *authors_variants(dataset, imbalance).values()]
-            configs += [configure(dataset, "mislas", imbalance, seed, changes) for changes in variants]
+            configs += [one("mislas", imbalance, seed, changes) for changes in variants]
             for rows in LEARNED.values():
-                configs += [configure(dataset, method, imbalance, seed, changes) for method, changes in _runs(rows)]
-            configs += [configure(dataset, m, imbalance, seed, STAGE2_MIXUP) for m in ("crt+mixup", "lws+mixup")]
-            configs += [configure(dataset, method, imbalance, seed) for method in RULES]
-        configs += [configure(dataset, "ce", first, seed, changes) for changes in balanced(dataset, first).values()]
-        configs += [configure(dataset, method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
-        configs += [configure(dataset, "mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
-        if smallest_class(dataset_name(dataset), first) > 1:
-            configs += [configure(dataset, method, first, seed) for method in HELD_OUT]
+                configs += [one(method, imbalance, seed, changes) for method, changes in _runs(rows)]
+            configs += [one(m, imbalance, seed, STAGE2_MIXUP) for m in ("crt+mixup", "lws+mixup")]
+            configs += [one(method, imbalance, seed) for method in RULES]
+        configs += [one("ce", first, seed, changes) for changes in balanced(dataset, first).values()]
+        configs += [one(method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
+        configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
+        if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) > 1:
+            configs += [one(method, first, seed) for method in HELD_OUT]
         rows, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
-        configs += [configure(dataset, method, first, seed, changes | more) for method, more in _runs(rows)]
+        configs += [one(method, first, seed, changes | more) for method, more in _runs(rows)]
     return list({config.id: config for config in configs}.values())
 
 

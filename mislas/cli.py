@@ -210,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         parents=[store, which],
         help="fill the store with what the book wants, within a time budget",
         description="Train what the tables and figures want of a dataset and the store lacks, most wanted first. "
-        "Can be killed at any moment; the same command goes on.",
+        "What a table or figure varies keeps its values whatever --set says. Can be killed at any moment; the same "
+        "command goes on.",
     )
     push.add_argument(
         "--imbalance",
@@ -371,8 +372,7 @@ def _print_ended(planned: Sequence[cluster.ClusterJob], ended: Iterable[tuple]) 
 def _campaign(arguments: argparse.Namespace) -> None:
     store, overrides, options = _store(arguments), parse_overrides(arguments.set), _options(arguments)
     budget = parse_budget(arguments.budget) if arguments.budget else None
-    everything = wanted(arguments.dataset, arguments.imbalance, arguments.seed)
-    configs = list({c.id: c for c in (config.override(overrides) for config in everything)}.values())
+    configs = wanted(arguments.dataset, arguments.imbalance, arguments.seed, overrides)
     planned, rates = jobs(configs, store), images_per_second(store).get(device_name(options.torch_device()), {})
     have = sum(store.get(config) is not None for config in configs)
     print(f"{have} of {len(configs)} runs are in the store; {len(planned)} jobs to do, most wanted first:")

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from mislas.archive import merge, pack
-from mislas.campaign import campaign, images_per_second, jobs, parse_budget, wanted
+from mislas.campaign import HELD_OUT, TABLE_3, campaign, images_per_second, jobs, parse_budget, wanted
 from mislas.cli import main
 from mislas.errors import MislasError, RecordError
 from mislas.methods import configure
 from mislas.runs import Store, run
+from mislas.study import BRIEF, FORMS, GRID, Study
 from mislas.train import Options
 
 QUICK = {"epochs": 3, "stage2.epochs": 1}
@@ -40,6 +41,25 @@ def test_wanted_begins_with_table_3_and_names_no_run_twice():
     for imbalance in (100, 50, 10):
         grid = {(c.stage2.eps_1, c.stage2.eps_k) for c in runs if c.method == "mislas" and c.imbalance == imbalance}
         assert len(grid) == 21
+
+
+def test_overrides_come_before_what_a_run_varies_as_in_a_notebook(tmp_path):
+    """The 21 cells of the grid keep their eps_1, and the controls on a short Stage-1 theirs."""
+    overrides = {"eps_1": 0.25, "stage1.epochs": 3}
+    runs = wanted("cifar10", [100], [1], overrides)
+    study = Study("full", tmp_path, tmp_path, seeds=[1], overrides=overrides)
+    asked = [(m, {}) for m in TABLE_3] + [("mislas", changes) for changes in GRID + FORMS]
+    asked += [run for row in BRIEF["cifar10"][0].values() for run in row if run]
+    assert {study.configs("cifar10", m, 100, changes)[0].id for m, changes in asked} <= {c.id for c in runs}
+    assert runs[2].stage2.eps_1 == 0.25
+    cells = {(c.stage2.eps_1, c.stage2.eps_k) for c in runs if c.method == "mislas"}
+    assert cells >= {(cell["eps_1"], cell["eps_k"]) for cell in GRID}
+    assert {c.stage1.epochs for c in runs} == {3, 10}
+
+
+def test_images_are_held_out_only_of_classes_that_have_more_than_one():
+    held_out = [[c.method in HELD_OUT for c in wanted("digits", [10], overrides={"n_max": n})] for n in (19, 20)]
+    assert [any(each) for each in held_out] == [False, True]
 
 
 def test_the_grid_of_21_cells_is_one_job(tmp_path):

@@ -253,7 +253,7 @@ class GeneralisedClassifier(nn.Module):
     The last row is the same function with W and dW merged, so that weight decay acts on W + dW.
 
     Args:
-        stage1: Stage-1's linear classifier; copied, never changed.
+        stage1: Stage-1's linear classifier; copied, never changed. One without bias counts as one whose bias is 0.
         a: 0 or 1, whether Stage-1's weights are kept.
         learn_scale: whether s is learned (it starts at 1).
         delta: how dW starts: ``"zeros"``, ``"fresh"`` (He-normal), ``"stage1"`` (a copy of W), or None for no dW.
@@ -278,7 +278,8 @@ class GeneralisedClassifier(nn.Module):
                 f"generalised classifier: a must be 0 or 1 and delta 'zeros', 'fresh', 'stage1' or None "
                 f"(not None when a is 0), got a={a!r}, delta={delta!r}"
             )
-        weight, bias = stage1.weight.detach(), stage1.bias.detach()
+        weight = stage1.weight.detach()
+        bias = weight.new_zeros(len(weight)) if stage1.bias is None else stage1.bias.detach()
         self.a, self.learn_scale = a, learn_scale
         self.register_buffer("weight", weight.clone())
         self.register_buffer("bias", bias.clone())

@@ -365,6 +365,8 @@ def sgd(groups, forward, steps=5):
 @pytest.mark.parametrize("kind", [LWS, PAPER, AUTHORS, FINE_TUNING], ids=["lws", "paper", "authors", "fine-tuning"])
 def test_at_first_it_is_stage1s_classifier(stage1, kind):
     assert torch.equal(GeneralisedClassifier(stage1, **kind)(X), stage1(X))
+    plain = nn.Linear(stage1.in_features, stage1.out_features, bias=False).to(X)
+    torch.testing.assert_close(GeneralisedClassifier(plain, **kind)(X), plain(X))
 
 
 @pytest.mark.parametrize("a", [0, 1])

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from . import __version__, cluster, distributed
 from .archive import merge, pack
 from .campaign import campaign, images_per_second, jobs, parse_budget, wanted
-from .config import RunConfig, field_names, takes_text
+from .config import RunConfig, field_names, locate, takes_text
 from .data import LISTS, SPECS, load
 from .errors import MislasError, RecordError
 from .evaluate import BINS, predict, summarise
 from .lists import check, load_lists
-from .methods import METHODS, configure
+from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store, device_name, run
 from .study import WHICH, default_results_root
 from .train import Options, plain_images
@@ -63,13 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"mislas: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mislas: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("mislas: stopped; the same command goes on from what is stored or checkpointed", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
     except (OSError, torch.OutOfMemoryError) as error:  # a full disk, a folder that cannot be written, a small GPU
         reason = " ".join(str(error).split())
-        print(f"mislas: {reason}; nothing is lost: once that is mended, the same command goes on", file=sys.stderr)
+        print(
+            f"mislas: {reason}; once that is mended, the same command goes on from what is stored or checkpointed",
+            file=sys.stderr,
+        )
         return 2
     return 0
 
@@ -450,13 +453,32 @@ def _eval(arguments: argparse.Namespace) -> None:
         )
 
 
+def changed(config: RunConfig) -> str:
+    """What a run has otherwise than its method's defaults, as ``--set`` takes it: ``"epochs=20 stage2.mixup=1.0"``.
+    Empty for nothing, and for a name that is no method's, such as an expert's."""
+    if config.method not in METHODS or config.dataset not in SETTINGS:
+        return ""
+    usual = configure(config.dataset, config.method, config.imbalance, config.seed)
+    pairs = []
+    for key in field_names():
+        where, field = locate(key)
+        ours, default = (getattr(getattr(c, where) if where else c, field, None) for c in (config, usual))
+        if ours != default:
+            name = field if locate(field) == (where, field) else key
+            pairs.append(f"{name}={ours if isinstance(ours, str) else json.dumps(ours)}")
+    return " ".join(pairs)
+
+
 def _print_runs(records: Sequence[Record]) -> None:
-    print(f"{'run':12}  {'dataset':16}  {'IF':>5}  {'method':18}  {'seed':>4}  {'accuracy':>8}  {'ECE':>6}  date")
+    print(
+        f"{'run':12}  {'dataset':16}  {'IF':>5}  {'method':18}  {'seed':>4}  {'accuracy':>8}  {'ECE':>6}  {'date':10}  "
+        "changed"
+    )
     for record in records:
         c, m = record.config, record.metrics
         print(
             f"{c.id:12}  {c.dataset:16}  {c.imbalance:5g}  {c.method:18}  {c.seed:4d}  "
-            f"{m['accuracy']:8.4f}  {m['ece']:6.4f}  {record.provenance['date'][:10]}"
+            f"{m['accuracy']:8.4f}  {m['ece']:6.4f}  {record.provenance['date'][:10]:10}  {changed(c)}".rstrip()
         )
 
 

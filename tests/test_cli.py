@@ -7,6 +7,7 @@ from mislas import cli
 from mislas.archive import merge
 from mislas.cli import main, parse_overrides
 from mislas.errors import MislasError
+from mislas.methods import METHODS
 from mislas.runs import Store, run
 from mislas.train import Options
 
@@ -29,6 +30,24 @@ def test_train_stores_what_list_shows(store, capsys):
     assert [(row[1], row[3]) for row in printed_runs(capsys, store)] == [("digits", "ce"), ("digits", "lws")]
 
 
+def test_list_tells_runs_of_one_method_apart_by_what_they_change(store, made_up, capsys):
+    assert [row[8:] for row in printed_runs(capsys, store)] == [["epochs=2"], ["epochs=2", "stage2.epochs=1"]]
+    for changes in ({}, {"mixup": 1.0}, {"backbone": "resnet14", "schedule": "cosine"}):
+        made_up("digits", "ce", changes)
+    made_up("digits", "mixup", {"epochs": 2, "mixup": None})
+    assert {" ".join(row[8:]) for row in printed_runs(capsys, str(made_up.root))} == {
+        "", "mixup=1.0", "backbone=resnet14 schedule=cosine", "epochs=2 mixup=null",
+    }  # fmt: skip
+
+
+def test_a_run_of_a_name_that_is_no_method_is_listed(made_up, monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, "mine", METHODS["ce"])
+    made_up("digits", "mine", {"epochs": 1})
+    monkeypatch.delitem(METHODS, "mine")
+    ((_, _, _, method, *_, date),) = printed_runs(capsys, str(made_up.root))
+    assert (method, date) == ("mine", "2000-01-01")
+
+
 def test_show_prints_the_record_of_an_identity_prefix(store, capsys):
     identity = printed_runs(capsys, store)[0][0]
     assert main(["show", identity[:5], "--results-root", store]) == 0
@@ -38,13 +57,13 @@ def test_show_prints_the_record_of_an_identity_prefix(store, capsys):
 
 
 def test_eval_from_weights_agrees_with_the_record(store, capsys):
-    identity, *_, accuracy, _, _ = printed_runs(capsys, store)[0]
+    identity, *_, accuracy = printed_runs(capsys, store)[0][:6]
     assert main(["eval", identity, "--results-root", store, "--device", "cpu"]) == 0
     assert f"from weights: accuracy {accuracy}, recorded {accuracy}" in capsys.readouterr().out
 
 
 def test_eval_of_a_two_stage_run_uses_stored_predictions(store, capsys):
-    identity, *_, accuracy, _, _ = printed_runs(capsys, store)[1]
+    identity, *_, accuracy = printed_runs(capsys, store)[1][:6]
     assert main(["eval", identity, "--bins", "5", "--results-root", store]) == 0
     out = capsys.readouterr().out
     assert f"accuracy {accuracy}" in out
@@ -57,7 +76,18 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"Not a directory: '{tmp_path / 'file'}" in line
-    assert "the same command goes on" in line
+    assert line.endswith("the same command goes on from what is stored or checkpointed")
+
+
+def test_ctrl_c_is_one_line(store, capsys, monkeypatch):
+    def run(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mislas.cli.run", run)
+    assert main(["train", "--dataset", "digits", "--method", "ce", "--results-root", store, *QUICK]) == 130
+    assert capsys.readouterr().err == (
+        "mislas: stopped; the same command goes on from what is stored or checkpointed\n"
+    )
 
 
 def test_a_gpu_that_is_too_small_is_one_line(store, capsys, monkeypatch):

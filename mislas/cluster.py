@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
+import sys
+import sysconfig
 import threading
 import time
 from collections import deque
@@ -200,7 +203,8 @@ def entries_of(configs: Iterable[RunConfig]) -> tuple[tuple[str, str, Any], ...]
 
 
 def executor(folder: str | Path, resources: Resources, local: bool = False) -> submitit.AutoExecutor:
-    """submitit's executor: Slurm, or this machine.
+    """submitit's executor: Slurm, or this machine. Its jobs import what this process can, from wherever they start: a
+    script may register what is in a module beside it.
 
     Args:
         folder: for logs and what submitit needs to start a job; every node must see it.
@@ -217,12 +221,17 @@ def executor(folder: str | Path, resources: Resources, local: bool = False) -> s
     if local and resources.nodes > 1:
         raise MislasError(f"--local is this machine alone: --nodes must be 1, got {resources.nodes}")
     processors = resources.processors
+    standard = sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")
+    own = [os.path.abspath(path) for path in sys.path if not path.startswith(standard)]
+    python = shlex.join(["env", f"PYTHONPATH={os.pathsep.join(own)}", sys.executable])
     try:
         made = submitit.AutoExecutor(
             folder,
             cluster="local" if local else "slurm",
             slurm_max_num_timeout=TIMEOUTS,
             local_max_num_timeout=TIMEOUTS,
+            slurm_python=python,
+            local_python=python,
         )
     except OSError as error:
         raise MislasError(f"the folder for logs cannot be made ({error}); name another with --folder") from error

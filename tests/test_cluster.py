@@ -170,6 +170,32 @@ def test_a_job_knows_what_the_script_that_submits_it_has_registered(tmp_path):
     assert drawn.tolist() == [0, 0, 0]
 
 
+def test_a_job_finds_the_modules_beside_the_script_from_any_folder(tmp_path):
+    """The loss, and what it calls, are in modules of which only the script's own folder is known."""
+    folder, elsewhere = tmp_path / "my code", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (folder / "constants.py").write_text("SEVEN = 7\n")
+    (folder / "my_losses.py").write_text(
+        "import constants\n"
+        "def seven(class_counts):\n"
+        "    return lambda logits, targets: 0 * logits.sum(dim=1) + constants.SEVEN\n"
+    )
+    (folder / "mine.py").write_text(
+        "import sys, my_losses\n"
+        "from mislas import cli\n"
+        "from mislas.losses import LOSSES, LossSpec\n"
+        "LOSSES['seven'] = LossSpec(my_losses.seven)\n"
+        "sys.exit(cli.main())\n"
+    )
+    asked = [*DIGITS, "--method", "ce", "--set", "loss=seven", "--device", "cpu", "--results-root", "results"]
+    command = [sys.executable, folder / "mine.py", "submit", *asked, "--local"]
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = (elsewhere / "results").glob("*/*.json")
+    assert [epoch["train_loss"] for epoch in json.loads(record.read_text())["history"]] == [7.0]
+
+
 def test_what_cannot_be_sent_to_a_job_is_one_line_before_any_starts(tmp_path, capsys, monkeypatch):
     lock = threading.Lock()
     monkeypatch.setitem(LOSSES, "locked", LossSpec(lambda class_counts: lock and cross_entropy))

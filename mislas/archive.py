@@ -18,7 +18,7 @@ from .errors import RecordError
 from .evaluate import BINS, Predictions, reliability
 from .runs import STEPS, Record, Store, group_id, read_record, read_weights
 
-_MEMBER = re.compile(r"\w[\w.-]*/\w[\w.-]*\.(json|npz|safetensors|ckpt)")
+_MEMBER = re.compile(r"\w[\w.-]*/[\w-][\w.-]*\.(json|npz|safetensors|ckpt)")
 _SUFFIXES = (".npz", ".safetensors", ".json")  # records last: what has one is complete
 
 Members = dict[str, bytes]  #: Files, by their path in a store.

@@ -117,7 +117,7 @@ class Store:
                 "digits, '_', '-' and '.' that begins with one of the first three"
             )
         folder = f"{config.dataset}-if{config.imbalance:g}"
-        method = re.sub(r"[^\w.-]", "-", config.method)
+        method = re.sub(r"^\.|[^\w.-]", "-", config.method)
         return self.root / folder / f"{method}-s{config.seed}-{config.id}{suffix}"
 
     def find(self, config: RunConfig, suffix: str = ".json") -> Path:

@@ -152,6 +152,15 @@ def test_an_archive_has_every_run_whole_with_the_stage_1_that_it_builds_on(full,
     assert pack([], full, tmp_path / "none.tar") == 0
 
 
+@pytest.mark.parametrize("method", ["+mine", ".mine", "my own/ce"])
+def test_a_method_of_any_name_is_packed(full, tmp_path, method):
+    archive, store, ce = tmp_path / "a.tar", Store(tmp_path / "store"), configs()[0]
+    record, named = full.get(ce), replace(ce, method=method)
+    store.put(named, record.metrics, record.history, record.arrays(), record.provenance)
+    assert pack([named], store, archive) == 2
+    assert [record.config.method for record in merge(archive, Store(tmp_path / "other"))] == [method]
+
+
 def test_what_a_killed_start_left_is_packed_by_the_next(full, tmp_path):
     archive, store, other = tmp_path / "a.tar", Store(tmp_path / "store"), Store(tmp_path / "other")
     assert pack(configs(), store, archive) == 0

@@ -203,7 +203,8 @@ def images_per_second(store: Store) -> dict[str, Rates]:
         source = record.provenance
         if "together" in source:  # the seconds are not its own
             continue
-        if source["seconds"] > 0 and record.config.stage1.holdout is None:  # those saw fewer images
+        timed = source.get("seconds", 0) > 0 and source.get("class_counts")
+        if timed and record.config.stage1.holdout is None:  # those saw fewer images
             images = sum(source["class_counts"]) * _epochs(record.config)
             kinds = rates.setdefault(source["device"], {})
             kinds.setdefault(_kind(record.config), []).append(images / source["seconds"])

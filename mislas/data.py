@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import secrets
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -611,7 +612,7 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> 
         OSError: it cannot be written; ``path`` is as it was, and the error names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with part.open("wb") as handle:
             write(handle)

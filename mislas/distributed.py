@@ -41,6 +41,13 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def processors() -> int:
+    """The processors that this process may use, of those of its machine, when all processes there share them; at
+    least 1."""
+    may = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, may // int(os.environ.get("LOCAL_WORLD_SIZE", world())))
+
+
 @contextmanager
 def started() -> Iterator[None]:
     """Join the processes that ``torchrun`` (or Slurm) has started, and leave them at the end.

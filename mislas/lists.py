@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from . import distributed
 from .data import (
     LISTS,
     SPECS,
@@ -502,7 +503,7 @@ def in_threads(function: Callable[[str], Any], paths: Sequence[str], what: str, 
     """``map`` over paths in threads, with a progress bar: reading and decoding happen outside Python's lock."""
     hidden = {} if progress else {"disable": True}  # not said otherwise, TQDM_DISABLE has its way
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(distributed.processors()) as pool,
         tqdm(total=len(paths), desc=what, unit=" images", mininterval=1.0, leave=False, **hidden) as bar,
     ):
         for start in range(0, len(paths), 512):  # a few at a time, so that it can be stopped

@@ -168,7 +168,7 @@ class ImageBatches:
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (spec.mean, spec.std)
         )
-        workers = max(1, (os.cpu_count() or 1) // world) if workers is None else workers
+        workers = distributed.processors() if workers is None else workers
         self._work: list[list[tuple[int, int]]] = []  # what the workers do next: the loader reads it anew every epoch
         self._loader = DataLoader(
             _Decoder(images, spec.size),

@@ -340,11 +340,16 @@ def _train(
     configs: list[RunConfig], store: Store, data_root: str | os.PathLike | None, options: Options, download: bool
 ) -> None:
     datasets: dict[str, LongTailed] = {}
+    trained = False
     for groups in distributed.agree(lambda: side_by_side(plan(configs, store), options.together)):
         with claimed(groups, store, options):
             groups = distributed.agree(lambda groups=groups: [group for group in groups if not _done(group, store)])
             if not groups:
                 continue
+            over = trained and options.deadline is not None and time.monotonic() > options.deadline
+            if distributed.agree(over):
+                raise OutOfTime("stopped between two trainings")
+            trained = True
             needed = {group[0].data_title: group[0] for group in groups}
             datasets = {key: data for key, data in datasets.items() if key in needed}  # no others are kept in memory
             for key, of in needed.items():
@@ -410,6 +415,7 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
         yield
         return
     paths = sorted(store.checkpoint(group).with_suffix(".lock") for group in groups)  # so nobody waits in a circle
+    acquired = []
     with contextlib.ExitStack() as held:
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -427,10 +433,11 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
             except (OSError, NotImplementedError):  # a disk that knows no locks
                 continue
             held.callback(lock.release)
+            acquired.append(path)
         try:
             yield
         finally:
-            for path in paths:
+            for path in acquired:
                 with contextlib.suppress(OSError):  # not every system removes what is open
                     path.unlink()
 

@@ -257,7 +257,7 @@ def table2_gains(
         shown += [record for found in records.values() for record in found]
         if beside:
             numbers = [_published_table2(dataset, method, imbalance) for method in methods]
-            gains = [f"{new - old:+.1f}" for old, new in itertools.pairwise(numbers)]
+            gains = [DASH if new is None else f"{new - old:+.1f}" for old, new in itertools.pairwise(numbers)]
             columns[f"IF {imbalance:g}", "paper"] = gains
         columns[f"IF {imbalance:g}", study.kind] = [difference(new, old) if new else DASH for new, old in steps]
         columns[f"IF {imbalance:g}", "ECE"] = [_ece_change(new, old) if new else DASH for new, old in steps]
@@ -356,7 +356,7 @@ def marked(
     say = say or study.command
     cells, notes = [""] * len(asked), []
     shown = [record for records in found for record in records]
-    letters = iter(string.ascii_lowercase)
+    letters = itertools.chain(string.ascii_lowercase, itertools.repeat("+"))
     for command in missing_by_command(asked, [study.complete(records) for records in found]):
         blank = [
             place

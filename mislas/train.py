@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -91,12 +92,15 @@ class Options:
             raise MislasError("runs that train together are not compiled: leave out compile, or together")
 
     def torch_device(self) -> torch.device:
-        """The device, or :class:`MislasError` if this machine does not have it."""
+        """The device, or :class:`MislasError` if this machine does not have it. On a GPU convolutions of float32 are
+        then computed in float32; PyTorch's default rounds their inputs (TF32)."""
         try:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
             if device.type == "cuda" and device.index is None and distributed.world() > 1:
                 device = torch.device("cuda", distributed.local_rank())
             torch.empty(1, device=device)
+            if device.type == "cuda":
+                torch.backends.cudnn.allow_tf32 = False
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise MislasError(f"device {self.device!r} cannot be used here ({reason}); try 'cpu', or None") from error
@@ -536,16 +540,18 @@ def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable
     device = options.torch_device()
     if not native_bfloat16(device):
         use_float32_products(network)
-    call = distributed.replicate(network)
+    call = plain = distributed.replicate(network)
     if options.compile:
         # On a CPU, a loop that writes where it reads waits for its own stores.
-        call = torch.compile(call, dynamic=False, options={"inplace_buffers": device.type != "cpu"})
+        call = torch.compile(plain, dynamic=False, options={"inplace_buffers": device.type != "cpu"})
+    whole: list[torch.Size] = []  # a batch's shape: what an epoch leaves over is not worth compiling again
     precision = autocast(config, device)
 
     def features_of(batch: Batch, *branch: int) -> Tensor:
         try:
+            whole[:] = whole or [batch.images.shape]
             with precision:
-                features = call(batch.images, *branch)
+                features = (call if batch.images.shape == whole[0] else plain)(batch.images, *branch)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -620,8 +626,8 @@ def _loop(
             rows = [{"epoch": epoch + 1, "lr": s.lr * factor} for s, factor in zip(stages, factors, strict=True)]
             for row, total in zip(rows, (totals / images).tolist(), strict=True):
                 row["train_loss"] = round(total, 5)
-            _check_finite(configs, stage_name, rows)
             last = epoch + 1 == stage.epochs
+            _check_finite(configs, stage_name, rows, network, heads if last else [])
             if evaluate is not None and not last and (epoch + 1) % options.eval_every == 0:
                 for row, found in zip(rows, evaluate(network, heads), strict=True):
                     row |= found
@@ -644,16 +650,26 @@ def _loop(
     return Trained(network, heads, state.histories, state.seconds, state.together)
 
 
-def _check_finite(configs: Sequence[RunConfig], stage_name: str, rows: Sequence[dict[str, float]]) -> None:
-    """Stop a run that diverged before it is checkpointed, not after the hours that are left of it."""
-    for config, row in zip(configs, rows, strict=True):
-        if not math.isfinite(row["train_loss"]):
-            raise Diverged(
-                f"{_describe([config], stage_name)} diverged: its mean loss in epoch {row['epoch']} is "
-                f"{row['train_loss']}; try a learning rate below {getattr(config, stage_name).lr:g}: "
-                f"--set {stage_name}.lr=NUMBER",
-                config.id,
-            )
+def _check_finite(
+    configs: Sequence[RunConfig],
+    stage_name: str,
+    rows: Sequence[dict[str, float]],
+    network: nn.Module,
+    heads: Sequence[nn.Module],
+) -> None:
+    """Stop a run that diverged before it is checkpointed, not after the hours that are left of it. After the last
+    epoch no loss would tell of the weights: ``heads`` are given, and they are looked at, rounded to half precision."""
+    found = [f"mean loss in epoch {row['epoch']} is {row['train_loss']}" for row in rows]
+    wrong = [not math.isfinite(row["train_loss"]) for row in rows]
+    for place, head in enumerate(heads):
+        if not wrong[place] and not all(p.half().isfinite().all() for p in [*network.parameters(), *head.parameters()]):
+            found[place], wrong[place] = "weights are not finite", True
+    for config, what in itertools.compress(zip(configs, found, strict=True), wrong):
+        raise Diverged(
+            f"{_describe([config], stage_name)} diverged: its {what}; try a learning rate below "
+            f"{getattr(config, stage_name).lr:g}: --set {stage_name}.lr=NUMBER",
+            config.id,
+        )
 
 
 def progress_bar(configs: Sequence[RunConfig], stage_name: str, images: int, options: Options, done: int = 0) -> tqdm:

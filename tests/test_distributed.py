@@ -17,7 +17,7 @@ from torch import nn
 from mislas import Options, Store, configure, run
 from mislas.config import Stage1
 from mislas.data import load
-from mislas.distributed import agree, average_gradients, gather, piece, replicate, world
+from mislas.distributed import agree, average_gradients, gather, piece, processors, replicate, world
 from mislas.errors import MislasError
 from mislas.evaluate import predict
 from mislas.models import TwoBranches, backbone, stage1_model
@@ -37,6 +37,15 @@ def test_pieces_are_the_batch(n, of):
     pieces = [places[piece(n, which, of)] for which in range(of)]
     assert list(itertools.chain(*pieces)) == places
     assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+
+
+def test_processes_share_the_processors_that_their_machine_lets_them_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(10)), raising=False)
+    assert processors() == 10
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert processors() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert processors() == 1
 
 
 def test_one_process_changes_nothing():

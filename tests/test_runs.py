@@ -132,6 +132,13 @@ def test_what_another_process_trains_is_waited_for(full, tmp_path, calls, capfd)
     assert not list(tmp_path.glob("*/*.lock"))
 
 
+def test_nothing_more_is_begun_after_the_deadline(tmp_path):
+    configs = [configure("digits", method, 50, overrides=QUICK | {"epochs": 1}) for method in ("ce", "ncm", "mixup")]
+    with pytest.raises(OutOfTime, match="between two trainings"):
+        run(configs, Store(tmp_path), options=replace(OPTIONS, deadline=time.monotonic() - 1))
+    assert [record.config.method for record in Store(tmp_path)] == ["ce"]
+
+
 def test_waiting_for_another_process_ends_at_the_deadline(tmp_path):
     store = Store(tmp_path)
     path = store.checkpoint([CE]).with_suffix(".lock")

@@ -6,6 +6,7 @@ import time
 import warnings
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import mislas.train
 from mislas.augment import Images
 from mislas.data import load
 from mislas.errors import MislasError, RecordError
@@ -144,6 +146,35 @@ def test_random_numbers_depend_on_every_part_of_their_purpose():
     assert torch_rng(0, "a").initial_seed() == torch_rng(0, "a").initial_seed() != torch_rng(0, "b").initial_seed()
 
 
+def differing_box(one, two):
+    """The first and last row and column in which two batches differ, or None."""
+    rows, columns = ((one != two).any(dim=0).any(dim=0).any(dim=dim).nonzero().flatten() for dim in (1, 0))
+    return (rows[0], rows[-1], columns[0], columns[-1]) if len(rows) else None
+
+
+def test_labels_of_cutmix_are_weighted_by_the_box(digits, options):
+    """Beside the plain epoch of the same crops: what mixing takes is drawn after them."""
+    both = (batches_of(digits, digits_config(m).stage1, "stage1", 0, options).epoch(0) for m in ("cutmix", "ce"))
+    boxes = 0
+    for batch, plain in zip(*both, strict=True):
+        box = differing_box(batch.images, plain.images)
+        if box:
+            top, bottom, left, right = box
+            area = (bottom - top + 1) * (right - left + 1)
+            assert batch.weight == pytest.approx(1 - area.item() / 64)
+        boxes += box is not None
+    assert boxes > 5
+
+
+def test_labels_of_remix_go_to_the_partner_of_an_image_of_a_much_larger_class_alone(digits, options):
+    counts, moved = torch.tensor(digits.class_counts), 0
+    for batch in batches_of(digits, digits_config("remix").stage1, "stage1", 0, options).epoch(0):
+        to_partner = batch.weight == 0
+        assert (counts[batch.targets] >= 3 * counts[batch.partner_targets])[to_partner].all()
+        moved += to_partner.sum().item()
+    assert moved > 0
+
+
 # ----------------------------------------------------------------------------------------------------------- stage 1
 
 
@@ -166,6 +197,16 @@ def test_stage1_learns_digits_the_same_way_twice(options):
 def test_another_seed_gives_another_model(digits, options, trained):
     other = train_stage1(replace(digits_config("ce", epochs=1), seed=1), digits, options)
     assert not torch.equal(other.heads[0].weight, trained[1].weight)
+
+
+def test_the_seed_is_in_all_that_is_drawn(digits, options, stage1, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mislas.train.host_rng", lambda *parts: seen.append(parts) or host_rng(*parts))
+    train_stage1(replace(digits_config("ce", epochs=1), seed=3), digits, options)
+    train_stage2([replace(digits_config("crt"), seed=3)], stage1, digits, options)
+    assert {(seed, purpose) for seed, purpose, *_ in seen} == {
+        (3, purpose) for purpose in ("init", "stage1", "stage2 head", "stage2")
+    }
 
 
 def test_weights_end_as_half_precision_holds_them(trained):
@@ -247,6 +288,28 @@ def test_class_weights_and_samplers_are_deferred():
     assert {weighted.sampler_in(epoch) for epoch in range(200)} == {"instance_balanced"}
 
 
+@pytest.fixture
+def samplers(monkeypatch):
+    """The samplers of the epochs that are drawn, in order."""
+    names, draw = [], mislas.train.draw
+    monkeypatch.setattr("mislas.train.draw", lambda name, *rest: names.append(name) or draw(name, *rest))
+    return names
+
+
+def test_training_asks_for_what_is_deferred_epoch_by_epoch(digits, options, samplers, monkeypatch):
+    epochs = []
+
+    class Noted(Objective):
+        def __call__(self, logits, batch, epoch):
+            epochs.append(epoch)
+            return super().__call__(logits, batch, epoch)
+
+    monkeypatch.setattr("mislas.train.Objective", Noted)
+    train_stage1(digits_config("ldam+drs", epochs=5), digits, options)
+    assert samplers == ["instance_balanced"] * 4 + ["class_balanced"]
+    assert epochs == np.repeat(range(5), -(-len(digits.train_targets) // 32)).tolist()
+
+
 @pytest.mark.parametrize("epochs", [1, 3, 4, 5])
 def test_what_is_deferred_comes_in_the_last_epoch_at_least(epochs):
     stage = configure("digits", "ce+drw", overrides={"epochs": epochs}).stage1
@@ -270,6 +333,27 @@ def test_the_objective_mixes_losses_image_by_image():
     objective = Objective(stage, (50, 15, 5), torch.device("cpu"))
     value = objective(logits, Batch(torch.empty(0), targets, others, weight), 0)
     assert value.item() == pytest.approx(F.cross_entropy(logits, q).item(), abs=1e-6)
+
+
+def test_mixed_labels_are_weighted_by_both_of_their_classes():
+    counts, stage = (50, 15, 5), configure("digits", "remix+drw", overrides={"epochs": 10}).stage1
+    logits, targets, others = torch.randn(4, 3), torch.tensor([0, 1, 2, 0]), torch.tensor([1, 1, 0, 2])
+    own, w = torch.tensor([0.0, 1.0, 0.3, 0.6]), effective_number_weights(counts, 0.9999)
+    log_p, one, two = logits.log_softmax(1), own * w[targets], (1 - own) * w[others]
+    i = torch.arange(4)
+    expected = -(one * log_p[i, targets] + two * log_p[i, others]).sum() / (one + two).sum()
+    value = Objective(stage, counts, torch.device("cpu"))(logits, Batch(torch.empty(0), targets, others, own), 8)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_two_branches_change_over_by_a_parabola_and_the_second_has_its_own_sampler(
+    digits, options, samplers, monkeypatch
+):
+    alphas, mix = [], mislas.train.mix_branches
+    monkeypatch.setattr("mislas.train.mix_branches", lambda a, b, alpha: alphas.append(alpha) or mix(a, b, alpha))
+    train_stage1(digits_config("bbn"), digits, options)
+    assert list(dict.fromkeys(alphas)) == [1, 15 / 16, 12 / 16, 7 / 16]
+    assert samplers == ["instance_balanced", "reverse"] * 4
 
 
 def test_the_first_epoch_of_two_branches_trains_on_the_conventional_one_alone(digits, options):
@@ -399,6 +483,22 @@ def test_heads_trained_together_are_those_trained_alone(digits, options, trained
         assert together.histories[i] == alone.histories[0]
 
 
+def test_heads_trained_together_keep_their_own_optimisers(digits, options, trained):
+    changes = {"schedule": "multistep", "momentum": 0.0, "weight_decay": 0.1}
+    configs = [digits_config("crt"), digits_config("crt", **{f"stage2.{name}": v for name, v in changes.items()})]
+    together = train_stage2(configs, copy.deepcopy(trained), digits, options)
+    for head, config in zip(together.heads, configs, strict=True):
+        alone = train_stage2([config], copy.deepcopy(trained), digits, options)
+        assert_equal(head.state_dict(), alone.heads[0].state_dict())
+
+
+def test_a_head_trains_on_what_stage1_did_not_hold_out(digits, options, stage1, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mislas.train.batches_of", lambda data, *rest: seen.append(data) or batches_of(data, *rest))
+    train_stage2([digits_config("crt", holdout=0.1, **{"stage2.epochs": 1})], stage1, digits, options)
+    assert [len(data.train_targets) for data in seen] == [len(digits.hold_out(0.1)[0].train_targets)]
+
+
 def test_heads_trained_together_under_shift_are_those_trained_alone(digits, options, trained):
     configs = [digits_config("mislas", **{"stage2.epochs": 1, "eps_1": eps}) for eps in (0.1, 0.4)]
     together = train_stage2(configs, copy.deepcopy(trained), digits, options)
@@ -448,6 +548,22 @@ def test_out_of_time_stops_after_an_epoch_with_a_checkpoint(digits, options, tmp
     with pytest.raises(OutOfTime, match="after epoch 1 of 4"):
         train_stage1(digits_config("ce"), digits, replace(options, deadline=time.monotonic()), tmp_path / "checkpoint")
     assert torch.load(tmp_path / "checkpoint")["epoch"] == 1
+
+
+def test_time_left_is_held_against_the_epochs_seen_and_adds_up_over_starts(digits, options, tmp_path, monkeypatch):
+    """10 s an epoch, and the time of 1.2 of them and 2 s must be left."""
+    now = [0.0]
+    monkeypatch.setattr("mislas.train.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def evaluate(network, heads):
+        now[0] += 10
+        return [{}]
+
+    config, path, options = digits_config("ce", epochs=9), tmp_path / "run.ckpt", replace(options, eval_every=1)
+    for deadline, after in ((25, 2), (53, 4)):
+        with pytest.raises(OutOfTime, match=f"after epoch {after} of 9"):
+            train_stage1(config, digits, replace(options, deadline=deadline), path, evaluate)
+        assert torch.load(path)["seconds"] == 10 * after
 
 
 @pytest.mark.parametrize("methods", [["ce"], ["lws+las", "lws"]])

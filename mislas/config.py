@@ -31,17 +31,37 @@ RULES = ("tau_norm", "ncm", "logit_adjustment", "temperature")
 # that the identities of runs measured before it stay what they were.
 
 
-@dataclass(frozen=True)
-class Stage1:
-    """Representation learning: backbone and linear classifier together.
+@dataclass(frozen=True, kw_only=True)
+class Sgd:
+    """What every stage with gradients has: an optimiser, its schedule, and how batches are drawn.
 
     Attributes:
         epochs, batch_size, lr, momentum, weight_decay: SGD.
         schedule: ``"multistep"`` (x0.1 after 80% and 90% of the epochs: 160 and 180 of 200), ``"multistep-bbn"``
             (x0.01 after 60% and 80%: Zhou et al., 2020) or ``"cosine"`` (to 0).
+        sampler: name in :data:`mislas.samplers.SAMPLERS`.
+    """
+
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    schedule: str
+    momentum: float = 0.9
+    sampler: str
+
+    def sampler_in(self, epoch: int) -> str:
+        """The sampler of an epoch (from 0)."""
+        return self.sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1(Sgd):
+    """Representation learning: backbone and linear classifier together.
+
+    Attributes:
         warmup: epochs of linear warm-up (Cao et al., 2019, use 5 on CIFAR).
         loss: name in :data:`mislas.losses.LOSSES`; gamma, max_margin and adjustment belong to some of them.
-        sampler: name in :data:`mislas.samplers.SAMPLERS`.
         mixup: alpha of mixup's Beta(alpha, alpha), or None for no mixup.
         mix: another way to mix than mixup, with ``mixup`` as its alpha: ``"remix"`` (with remix_kappa and remix_tau)
             or ``"cutmix"``.
@@ -63,15 +83,9 @@ class Stage1:
         distillation: temperature > 0 at which the three experts teach (:mod:`mislas.experts`); None is without them.
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    schedule: str
-    momentum: float = 0.9
+    sampler: str = "instance_balanced"
     warmup: int = 0
     loss: str = "ce"
-    sampler: str = "instance_balanced"
     mixup: float | None = None
     mix: str | None = None
     remix_kappa: float | None = None
@@ -96,27 +110,24 @@ class Stage1:
         return self.defer is not None and epoch < min(self.defer * self.epochs, self.epochs - 1)
 
     def sampler_in(self, epoch: int) -> str:
-        """The sampler of an epoch (from 0)."""
         return self.deferred_sampler if self.deferred_sampler and not self.deferred(epoch) else self.sampler
 
 
-@dataclass(frozen=True)
-class Stage2:
+@dataclass(frozen=True, kw_only=True)
+class Stage2(Sgd):
     """Classifier learning on a frozen backbone, with the generalised classifier of equation (4).
 
     Attributes:
-        epochs, batch_size, lr, momentum, weight_decay, schedule, sampler, mixup: as in :class:`Stage1`.
         a, learn_scale, delta: see :class:`mislas.models.GeneralisedClassifier`.
         delta_lr: learning rate of dW as a ratio of ``lr`` (Table 5, column dW).
         loss: name in :data:`mislas.losses.LOSSES`: ``"las"`` is label-aware smoothing, equation (1).
         eps_1, eps_k, form, power, smoothing_over: of label-aware smoothing; see :mod:`mislas.losses`.
         shift_bn: whether the running mean and variance of batch norm are updated (section 3.3).
+        mixup: as in :class:`Stage1`.
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
+    schedule: str = "cosine"
+    sampler: str = "class_balanced"
     a: int
     learn_scale: bool
     delta: str | None = None
@@ -128,14 +139,7 @@ class Stage2:
     power: float | None = None
     smoothing_over: str | None = None
     shift_bn: bool = False
-    schedule: str = "cosine"
-    momentum: float = 0.9
-    sampler: str = "class_balanced"
     mixup: float | None = None
-
-    def sampler_in(self, epoch: int) -> str:
-        """The sampler of an epoch."""
-        return self.sampler
 
 
 @dataclass(frozen=True)
@@ -156,60 +160,40 @@ class Adjustment:
     shift_sampler: str | None = None
 
 
-@dataclass(frozen=True)
-class FewShot:
+@dataclass(frozen=True, kw_only=True)
+class FewShot(Sgd):
     """Stage-2 that learns to make a classifier's weights from a few images (:mod:`mislas.fewshot`), on episodes.
 
     Attributes:
-        epochs, batch_size, lr, momentum, weight_decay, schedule, sampler: as in :class:`Stage1`; batches are what
-            episodes ask about.
+        batch_size: images that episodes ask about.
         shots: images that an episode shows of each class that it poses as novel, at least 1.
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    shots: int
     schedule: str = "cosine"
-    momentum: float = 0.9
     sampler: str = "class_balanced"
+    shots: int
 
     loss, mixup = "ce", None  # no fields: episodes know no other
 
-    def sampler_in(self, epoch: int) -> str:
-        """The sampler of an epoch."""
-        return self.sampler
 
-
-@dataclass(frozen=True)
-class Memory:
+@dataclass(frozen=True, kw_only=True)
+class Memory(Sgd):
     """Stage-2 with a memory of class centroids (:mod:`mislas.memory`), in which the backbone may train on.
 
     Attributes:
-        epochs, batch_size, lr, momentum, weight_decay, schedule, sampler: as in :class:`Stage1`; ``lr`` is the
-            classifier's.
+        lr: the classifier's.
         centroid_weight: what the centroid loss is multiplied by, >= 0.
         backbone_lr: learning rate of the backbone as a ratio of ``lr``, > 0; None freezes it.
         attention: whether a backbone that trains on gets a last block of modulated attention.
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
+    schedule: str = "multistep"
+    sampler: str = "class_cyclic"
     centroid_weight: float
     backbone_lr: float | None = None
     attention: bool = False
-    schedule: str = "multistep"
-    momentum: float = 0.9
-    sampler: str = "class_cyclic"
 
     loss, mixup = "ce", None  # no fields: it knows no other
-
-    def sampler_in(self, epoch: int) -> str:
-        """The sampler of an epoch."""
-        return self.sampler
 
 
 Stage = Stage1 | Stage2 | Adjustment | FewShot | Memory

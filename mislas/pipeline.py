@@ -197,7 +197,10 @@ class ImageBatches:
             DataError: an image that cannot be read.
             MislasError: an unknown sampler.
         """
-        index = draw(sampler, rng, self.images.targets.numpy())
+        return self.shown(draw(sampler, rng, self.images.targets.numpy()), rng)
+
+    def shown(self, index: np.ndarray, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """What :meth:`epoch` yields, for images that are drawn already: int64 ``(N,)``."""
         n, strength = len(index), self.spec.jitter
         seeds = rng.integers(2**62, size=n)
         mirrored = rng.integers(2, size=n).astype(bool)

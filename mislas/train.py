@@ -258,11 +258,11 @@ class ListBatches:
     def epoch(self, epoch: int, sampler: str | None = None) -> Iterator[Batch]:
         """The batches of an epoch (from 0), by the stage's sampler or another."""
         stage, purpose = self.stage, (*self.purpose, epoch) if sampler is None else (*self.purpose, epoch, sampler)
-        sampler = sampler or stage.sampler_in(epoch)
-        order = draw(sampler, host_rng(*purpose), self.targets_host)  # what images.epoch draws first
+        rng = host_rng(*purpose)
+        order = draw(sampler or stage.sampler_in(epoch), rng, self.targets_host)
         index = torch.from_numpy(order).to(self.device).split(stage.batch_size)
         sizes = [len(places) for places in index]
-        drawn = zip(self.images.epoch(host_rng(*purpose), sampler), index, strict=True)
+        drawn = zip(self.images.shown(order, rng), index, strict=True)
         plain = (Batch(images, self.images.targets[places], index=places) for (images, _), places in drawn)
         if stage.mixup is None:
             yield from plain

@@ -170,6 +170,30 @@ def test_the_students_lesson_is_the_weighted_sum_over_groups(data, models, teach
     assert teachers.teach(logits, batch, [0, 0, 0]).item() == 0
 
 
+def test_a_student_is_taught_and_its_images_are_weighed_from_the_first_epoch_on(data, options, monkeypatch):
+    """By experts whose lesson costs 7, of images that weigh nothing."""
+    shares = []
+
+    class Teachers:
+        def __init__(self, models, groups, data, held, config, options):
+            self.images = len(data.train_targets)
+
+        def expert_weights(self, network, head):
+            return [1.0]
+
+        def image_weights(self, share):
+            shares.append(share)
+            return torch.zeros(self.images)
+
+        def teach(self, logits, batch, weights):
+            return 0 * logits.sum() + 7 * weights[0]
+
+    monkeypatch.setattr("mislas.train.Experts", Teachers)
+    (history,) = train_stage1(STUDENT, data, options).histories
+    assert [row["train_loss"] for row in history] == [7] * 4
+    assert shares == [0, 0.25, 0.5, 0.75]
+
+
 def test_an_expert_has_nothing_to_teach_itself(data, models, teachers):
     weights = teachers.expert_weights(*copy.deepcopy(models[0]))
     assert weights == [0.0, 1.0, 1.0]  # it is as good on its group, and knows nothing of the others

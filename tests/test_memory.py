@@ -16,7 +16,7 @@ from mislas.memory import MetaEmbedding, ModulatedAttention, attend, squared_dis
 from mislas.methods import configure
 from mislas.models import backbone
 from mislas.runs import Store, run
-from mislas.train import Options, train_stage1
+from mislas.train import Options, batches_of, train_stage1
 
 QUICK = {"epochs": 3, "stage2.epochs": 3}
 TARGETS = torch.tensor([0, 3, 1, 1, 2, 3])
@@ -205,6 +205,36 @@ def test_it_learns_digits_with_a_backbone_that_trains_or_does_not(data, config, 
     test = Images(data.test_images, data.spec.mean, data.spec.std, padding=0)
     (logits,) = predict(found.backbone, found.heads, test)
     assert (logits.argmax(1) == data.test_targets).double().mean() > 0.6
+
+
+def test_it_trains_on_what_stage1_did_not_hold_out(data, config, trained, options, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mislas.memory.batches_of", lambda data, *rest: seen.append(data) or batches_of(data, *rest))
+    train_memory(config.override({"holdout": 0.1, "stage2.epochs": 1}), copy.deepcopy(trained), data, options)
+    assert [len(one.train_targets) for one in seen] == [len(data.hold_out(0.1)[0].train_targets)]
+
+
+@pytest.mark.parametrize("weights", [None, "0123abcd"])
+def test_the_backbone_trains_at_a_tenth_of_the_rate_and_its_last_block_alone_if_pretrained(
+    data, options, monkeypatch, weights
+):
+    """Beside a loss of centroids of 1e4, of which a hundredth counts."""
+    kept = {}
+
+    def loop(configs, name, network, heads, groups, steps, *rest, **more):
+        kept.update(rate=groups[0][-1]["lr"], learned=groups[0][-1]["params"], loss=next(steps(0))[0].item())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("mislas.memory._loop", loop)
+    monkeypatch.setattr(MetaEmbedding, "centroid_loss", lambda *_: torch.tensor(1e4))
+    network = backbone("resnet10")
+    config = configure("digits", "oltr", 10, overrides={"weights": weights, "backbone": "resnet10"})
+    with pytest.raises(ZeroDivisionError):
+        train_memory(config, (network, nn.Linear(512, 10)), data, options)
+    assert kept["rate"] == pytest.approx(0.1 * config.stage2.lr)
+    last = network.layer4[-2:] if weights else network  # the block and the attention behind it
+    assert {id(p) for p in kept["learned"]} == {id(p) for p in last.parameters()}
+    assert kept["loss"] == pytest.approx(100, abs=30)
 
 
 def test_a_killed_run_resumes_to_the_same_result(data, config, trained, options, tmp_path, killed):

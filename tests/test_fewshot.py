@@ -16,7 +16,7 @@ from mislas.fewshot import WeightGenerator, base_and_novel, draw_episodes, train
 from mislas.methods import configure
 from mislas.models import CosineClassifier
 from mislas.runs import Store, run
-from mislas.train import Options, train_stage1
+from mislas.train import Options, batches_of, train_stage1
 
 BASE, NOVEL = [0, 2, 3], [1, 4]
 QUICK = {"epochs": 4, "stage2.epochs": 3}
@@ -180,6 +180,14 @@ def test_it_learns_digits_and_the_novel_ones_too(data, config, trained, options)
     assert right[novel].double().mean() > 0.4
     losses = [row["train_loss"] for row in found.histories[0]]
     assert losses[-1] < losses[0]
+
+
+def test_it_learns_from_base_classes_that_stage1_did_not_hold_out(data, config, trained, options, monkeypatch):
+    seen, kept = [], data.hold_out(0.1)[0]
+    monkeypatch.setattr("mislas.fewshot.batches_of", lambda data, *rest: seen.append(data) or batches_of(data, *rest))
+    train_few_shot(config.override({"holdout": 0.1, "stage2.epochs": 1}), copy.deepcopy(trained), data, options)
+    base = torch.tensor(base_and_novel(kept)[0])
+    assert [len(one.train_targets) for one in seen] == [torch.isin(kept.train_targets, base).sum()]
 
 
 def test_a_killed_run_resumes_to_the_same_classifier(data, config, trained, options, tmp_path, killed):

@@ -24,7 +24,7 @@ from mislas.data import SPECS
 from mislas.errors import MislasError
 from mislas.evaluate import predict
 from mislas.methods import configure
-from mislas.train import train_stage1
+from mislas.train import batches_of, train_stage1
 
 rng = np.random.default_rng(0)
 TARGETS = np.repeat(np.arange(3), (40, 12, 4))
@@ -176,6 +176,16 @@ def test_shifted_statistics_are_those_of_the_sampled_images(digits, held, option
     balanced = torch.stack([maps[train.train_targets == k].mean(0) for k in range(10)]).mean(0)
     right, wrong = (maps.mean(0), balanced) if sampler else (balanced, maps.mean(0))
     assert (first.running_mean - right).norm() < 0.2 * (first.running_mean - wrong).norm()
+
+
+def test_statistics_are_shifted_on_images_that_are_not_mixed(digits, held, options, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "mislas.adjust.batches_of", lambda data, stage, *rest: seen.append(stage) or batches_of(data, stage, *rest)
+    )
+    config = configure("digits", "ncm+mixup+shift", 50, overrides={"epochs": 6, "holdout": 0.1, "shift_epochs": 1})
+    adjust([config], copy.deepcopy(held), digits, options)
+    assert [stage.mixup for stage in seen] == [None]
 
 
 def test_a_rule_with_shift_moves_running_statistics_and_nothing_else(digits, held, options):

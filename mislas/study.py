@@ -132,9 +132,11 @@ def authors_variants(dataset: str, imbalance: float | None) -> dict[str, dict[st
     if theirs is None:
         return rows
     factors = {f"stage2.{key}": value for key, value in theirs.items() if key != "shift_bn"}
-    *code, shift = AUTHORS_CODE.values()
-    every = {key: value for changes in code for key, value in changes.items()}
-    every |= factors | (shift if "shift_bn" in theirs else {})
+    every = {}
+    for changes in AUTHORS_CODE.values():
+        if "shift_bn" not in changes or "shift_bn" in theirs:
+            every |= changes
+    every |= factors
     return rows | ({THEIR_FACTORS: factors} if factors else {}) | {ALL_OF_THEIRS: every}
 
 

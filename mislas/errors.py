@@ -22,7 +22,7 @@ class DataError(MislasError):
 class Diverged(MislasError):
     """A run's loss is no number any more. ``run`` is the identity of its configuration."""
 
-    def __init__(self, message: str, run: str):
+    def __init__(self, message: str, run: str = ""):  # BaseException unpickles with the message alone
         super().__init__(message)
         self.run = run
 

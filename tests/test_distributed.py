@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from mislas import Options, Store, configure, run
 from mislas.config import Stage1
 from mislas.data import load
 from mislas.distributed import agree, average_gradients, gather, piece, processors, replicate, world
-from mislas.errors import MislasError
+from mislas.errors import Diverged, MislasError
 from mislas.evaluate import predict
 from mislas.models import TwoBranches, backbone, stage1_model
 from mislas.train import batches_of, plain_images
@@ -46,6 +47,11 @@ def test_processes_share_the_processors_that_their_machine_lets_them_use(monkeyp
     assert processors() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert processors() == 1
+
+
+def test_an_error_that_is_sent_to_another_process_knows_its_run():
+    error = pickle.loads(pickle.dumps(Diverged("its loss is nan", "0123456789ab")))
+    assert (type(error), str(error), error.run) == (Diverged, "its loss is nan", "0123456789ab")
 
 
 def test_one_process_changes_nothing():

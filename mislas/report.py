@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 
 from . import paper
-from .campaign import estimate, images_per_second, jobs, wanted
+from .campaign import STAGE2_MIXUP, estimate, images_per_second, jobs, wanted
 from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record, Store
-from .study import ALL_IMAGES, AS_MANY, FORMS, Asked, Study, balanced
+from .study import ALL_IMAGES, AS_MANY, FORMS, NO_SMOOTHING, Asked, Study, balanced
 from .tables import DASH, Table, missing_notes, paired, star, starred, table_of
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
@@ -89,9 +89,6 @@ def _both(
     return [Comparison(title, measure, what, new, old) for measure, what in expected.items() if what]
 
 
-MIXUP_IN_STAGE2 = {"stage2.mixup": 1.0}
-NO_SMOOTHING = {"eps_1": 0.0, "eps_k": 0.0}
-
 CLAIMS: list[Claim] = [
     Claim(
         "C1", "Networks trained on long-tailed data are more over-confident than those trained on balanced data, and "
@@ -114,9 +111,9 @@ CLAIMS: list[Claim] = [
             *_both("cRT: with mixup in Stage-1", Side("crt+mixup"), Side("crt")),
             *_both("LWS: with mixup in Stage-1", Side("lws+mixup"), Side("lws")),
             Comparison("cRT+mixup: mixup in Stage-2, too", "accuracy", "no more",
-                       Side("crt+mixup", changes=MIXUP_IN_STAGE2), Side("crt+mixup")),
+                       Side("crt+mixup", changes=STAGE2_MIXUP), Side("crt+mixup")),
             Comparison("LWS+mixup: mixup in Stage-2, too", "accuracy", "no more",
-                       Side("lws+mixup", changes=MIXUP_IN_STAGE2), Side("lws+mixup")),
+                       Side("lws+mixup", changes=STAGE2_MIXUP), Side("lws+mixup")),
         ],
     ),
     Claim(

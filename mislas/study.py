@@ -62,7 +62,7 @@ SHORT = {"backbone": "resnet10", "stage1.epochs": 30}
 STATISTICS = ("Stage-1's", "plain images, as they come", "plain images, balanced classes")
 BALANCED = {"shift_epochs": 1}  # a running average has forgotten what it was after an epoch
 DRAWN = BALANCED | {"shift_sampler": "instance_balanced"}
-_CROSS_ENTROPY = {"eps_1": 0.0, "eps_k": 0.0}
+NO_SMOOTHING = {"eps_1": 0.0, "eps_k": 0.0}
 
 
 Rows = dict[str, list[tuple[str, dict[str, Any]] | None]]
@@ -89,7 +89,7 @@ def _learned(end: str) -> Rows:
 LEARNED = {
     "Stage-1 with mixup": _learned("+mixup")
     | {
-        "scales and ΔW": [("mislas", _CROSS_ENTROPY | {"shift_bn": False}), None, ("mislas", _CROSS_ENTROPY)],
+        "scales and ΔW": [("mislas", NO_SMOOTHING | {"shift_bn": False}), None, ("mislas", NO_SMOOTHING)],
         "scales and ΔW, smoothed (MiSLAS)": [("mislas", {"shift_bn": False}), None, ("mislas", {})],
     },
     "Stage-1 without mixup": _learned(""),

@@ -14,7 +14,7 @@ from mislas.campaign import HELD_OUT, TABLE_3, campaign, images_per_second, jobs
 from mislas.cli import main
 from mislas.errors import MislasError, RecordError
 from mislas.methods import configure
-from mislas.runs import Store, run
+from mislas.runs import Store, check_classes, run
 from mislas.study import BRIEF, FORMS, GRID, Study
 from mislas.train import Options
 
@@ -62,6 +62,11 @@ def test_images_are_held_out_only_of_classes_that_have_more_than_one():
     assert [any(each) for each in held_out] == [False, True]
 
 
+def test_all_that_is_wanted_of_digits_can_be_trained():
+    for config in wanted("digits", [100]):
+        check_classes(config)
+
+
 def test_the_grid_of_21_cells_is_one_job(tmp_path):
     cells = [c for c in wanted("digits", [10]) if c.method == "mislas" and c.stage2.form == "concave"]
     together = [job for job in jobs(cells, Store(tmp_path)) if job.group[0].stage2]
@@ -80,11 +85,27 @@ def test_a_job_costs_epochs_times_images(tmp_path):
     assert job.seconds_at({}) is None
 
 
+def test_a_rule_costs_a_pass_over_the_images_and_one_for_each_epoch_of_shift(tmp_path):
+    found = jobs([configure("cifar10", "ncm+shift")], Store(tmp_path))
+    assert [job.passes for job in found] == [200 * 12406, (1 + 10) * 12406]
+
+
 def test_cost_follows_the_rate_of_the_stores_runs(full):
     (job,) = jobs([configure("digits", "mixup", 10, 0, QUICK)], full)
     provenance = full.get(configs()[0]).provenance
     rates = images_per_second(full)[provenance["device"]]
     assert job.seconds_at(rates) == pytest.approx(provenance["seconds"], rel=0.01)
+
+
+def test_rates_are_not_those_of_runs_that_held_images_out(tmp_path):
+    store, source = Store(tmp_path), {"device": "A device", "seconds": 10.0, "class_counts": [100]}
+    source |= {"date": "2026-01-01", "commit": "0", "torch": "0", "data": "made up", "data_checksum": "0"}
+    metrics = {"accuracy": 0.5, "ece": 0.1, "nll": 1.0}
+    for config in (configure("cifar10", "temperature"), configure("cifar10", "ce", overrides={"stage1.holdout": 0.1})):
+        store.put(config, metrics, [], {}, source)
+    assert images_per_second(store) == {}
+    store.put(configure("cifar10", "ce"), metrics, [], {}, source)
+    assert [list(rates.values()) for rates in images_per_second(store).values()] == [[200 * 100 / 10]]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("9m", 540), ("1.5h", 5400)])

@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torchvision.datasets import cifar
 
 from mislas import data
 from mislas.data import (
+    LISTS,
     SPECS,
     Spec,
     available,
@@ -165,6 +167,26 @@ def test_the_checksum_sees_one_pixel(digits):
     changed = load("digits", imbalance=50)
     changed.train_images[0, 0, 0, 0] ^= 1
     assert changed.checksum != before
+
+
+@pytest.mark.parametrize("name", ["train_images", "train_targets", "test_images", "test_targets"])
+def test_the_checksum_is_of_all_images_and_labels(digits, name):
+    changed = getattr(digits, name).clone()
+    changed.view(-1)[-1] ^= 1
+    assert replace(digits, **{name: changed}).checksum != digits.checksum
+
+
+def test_normalisation_is_that_of_the_authors_code():
+    """Statistics of the images on both CIFARs and on iNaturalist 2018, ImageNet's elsewhere."""
+    cifar = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+    assert {name: (SPECS[name].mean, SPECS[name].std) for name in ("cifar10", "cifar100", "cifar10-jpeg")} == {
+        "cifar10": cifar, "cifar100": cifar, "cifar10-jpeg": cifar
+    }  # fmt: skip
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    inaturalist = (0.466, 0.471, 0.380), (0.195, 0.194, 0.192)
+    assert {name: (LISTS[name].mean, LISTS[name].std) for name in ("imagenet-lt", "places-lt", "inaturalist18")} == {
+        "imagenet-lt": imagenet, "places-lt": imagenet, "inaturalist18": inaturalist
+    }  # fmt: skip
 
 
 def test_an_unknown_dataset_lists_the_known_ones():

@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from mislas.campaign import images_per_second, jobs, wanted
 from mislas.methods import configure
-from mislas.report import CLAIMS, across, claim_table, effect, gaps, norm_balance, summary, verdict
+from mislas.report import CLAIMS, _interval, across, claim_table, effect, gaps, norm_balance, summary, verdict
 from mislas.runs import Store
 from mislas.study import AS_MANY, Study, balanced
 
@@ -64,6 +64,10 @@ def test_the_effect_on_accuracy_is_the_paired_difference_and_its_interval_scipys
     assert (low, high) == pytest.approx([100 * end for end in expected], abs=0.5)
     half = norm.ppf(0.975) * 100 * gain.std() / N**0.5
     assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_the_interval_mirrors_the_resampled_differences_at_the_measured_one():
+    assert _interval(np.array([1.0, *np.linspace(0, 4, 101)]), 0.9) == pytest.approx((1, 2 - 3.8, 2 - 0.2))
 
 
 def test_the_effect_on_ece_is_the_difference_of_torchmetrics_eces(store):

@@ -24,7 +24,7 @@ from mislas.data import SPECS, Dataset, load
 from mislas.errors import ForeignRecord, MislasError, RecordError
 from mislas.evaluate import predict
 from mislas.methods import configure
-from mislas.models import backbone
+from mislas.models import GeneralisedClassifier, backbone
 from mislas.runs import SOURCE, Store, finish, plan, run
 from mislas.samplers import SAMPLERS
 from mislas.train import Options, OutOfTime, Trained
@@ -270,6 +270,24 @@ def test_norms_are_those_of_the_stored_classifier(full):
     _, head = full.get_weights(CE, 10)
     norms = np.linalg.norm(head.weight.detach().numpy(), axis=1)
     np.testing.assert_allclose(full.get(CE).arrays()["weight_norm"], norms, rtol=1e-6)
+
+
+def test_norms_of_a_classifier_with_scales_are_scaled(digits, tmp_path):
+    head = GeneralisedClassifier(nn.Linear(64, 10), a=1, learn_scale=True, delta=None)
+    head.scale.data.copy_(torch.arange(1.0, 11))
+    test = Images(digits.test_images, digits.spec.mean, digits.spec.std, padding=0)
+    finish([LWS], Trained(backbone("resnet8"), [head], [[{}]], 1.0), digits, test, Store(tmp_path), OPTIONS)
+    norms = np.arange(1, 11) * head.weight.norm(dim=1).numpy()
+    np.testing.assert_allclose(Store(tmp_path).get(LWS).arrays()["weight_norm"], norms, rtol=1e-6)
+
+
+def test_a_look_along_the_way_counts_what_is_right(full, digits):
+    """Of a model trained to its end, it finds what the record says of the end."""
+    network, head = full.get_weights(CE, 10)
+    network.to(memory_format=torch.channels_last)
+    test = Images(digits.test_images, digits.spec.mean, digits.spec.std, padding=0)
+    (row,) = runs._along_the_way(digits, test)(network, [head])
+    assert row == {"test_accuracy": round(full.get(CE).metrics["accuracy"], 4)}
 
 
 def test_batch_norm_statistics_are_those_of_the_stored_backbone(full):

@@ -20,6 +20,7 @@ from mislas.methods import configure
 from mislas.models import backbone, find_weights, init_kaiming
 from mislas.pipeline import ImageBatches
 from mislas.runs import Store, run
+from mislas.samplers import draw
 from mislas.train import ListBatches, Options, OutOfTime, batches_of, host_rng, train_stage1
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding.*:DeprecationWarning")
@@ -172,6 +173,17 @@ def test_other_ways_to_mix_reach_images_from_files(data, method):
 
 
 # ------------------------------------------------------------------------------------------------- names and layout
+
+
+@pytest.mark.parametrize(("method", "sampler"), [("ldam+drs", "class_balanced"), ("ldam+drw", "instance_balanced")])
+def test_a_deferred_sampler_comes_in_the_last_fifth_of_the_epochs(data, method, sampler, monkeypatch):
+    seen = []
+    monkeypatch.setattr("mislas.train.draw", lambda name, *rest: seen.append(name) or draw(name, *rest))
+    stage = quick(method, **{"stage1.epochs": 5}).stage1
+    batches = batches_of(data, stage, "stage1", 0, OPTIONS)
+    for epoch in (3, 4):
+        next(batches.epoch(epoch))
+    assert seen == ["instance_balanced", sampler]
 
 
 def test_names_of_lists_are_names_and_not_a_suffix():

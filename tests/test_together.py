@@ -138,7 +138,9 @@ def test_a_run_begun_alone_goes_on_beside_another(datasets, joint, tmp_path):
         train_stage1(first, datasets[50], replace(OPTIONS, deadline=time.monotonic()), tmp_path / first.id)
     start([first, second], datasets, tmp_path)
     for c in (first, second):
-        assert_close(torch.load(tmp_path / c.id), torch.load(joint / c.id))
+        found = torch.load(tmp_path / c.id)
+        assert found["together"] == 2
+        assert_close(found, torch.load(joint / c.id))
 
 
 def test_out_of_time_stops_each_run_after_an_epoch_with_a_checkpoint(datasets, tmp_path):

@@ -295,12 +295,13 @@ def test_the_readme_quotes_the_store():
 def test_the_authors_published_numbers_stand_beside_ours(made_up):
     made_up("cifar10", "mixup", imbalance=50)
     changes = authors_variants("cifar10", 50)[ALL_OF_THEIRS]
-    made_up("cifar10-jpeg", "mislas", imbalance=50, changes=changes)
+    made_up("cifar10-jpeg", "mislas", imbalance=50, changes=changes, ece=0.034)
     table = beside_authors_code(Study(results_root=made_up.root), "cifar10", [50])
     assert table.frame["authors' code", "accuracy"].tolist() == ["78.1", "85.7", "85.7"]
     assert table.frame["authors' code", "ECE"].tolist() == ["2.49", "2.01", "2.01"]
     first, second, third = table.frame["measured", "accuracy"]
     assert (first[-1] != "*", second, third[-1]) == (True, "–", "*")
+    assert table.frame["measured", "ECE"].tolist() == ["10.0", "–", "3.4*"]
     assert "mislas train --dataset cifar10 --imbalance 50 --method mislas --data-root DIR" in table.notes[0]
 
 

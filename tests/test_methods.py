@@ -128,6 +128,58 @@ def test_rows_are_named_by_the_papers_tables():
     assert rows(2) == {"lws", "lws+mixup", "lws+mixup+shift", "mislas"}
 
 
+DRW, LDAM = {"beta": 0.9999, "defer": 0.8}, {"loss": "ldam", "max_margin": 0.5, "scale": 30.0}
+REMIX = {"mix": "remix", "remix_kappa": 3.0, "remix_tau": 0.5}
+OLTR = {"centroid_weight": 0.01, "backbone_lr": 0.1, "attention": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [
+        ("focal", {"loss": "focal", "gamma": 2.0}),
+        ("cb", {"beta": 0.9999}),
+        ("cb-focal", {"loss": "focal", "gamma": 0.5, "beta": 0.999}),
+        ("ldam", LDAM),
+        ("ce+drw", DRW),
+        ("focal+drw", {"loss": "focal", "gamma": 1.0} | DRW),
+        ("ldam+drw", LDAM | DRW),
+        ("ldam+drs", LDAM | {"deferred_sampler": "class_balanced", "defer": 0.8}),
+        ("cutmix", {"mixup": 1.0, "mix": "cutmix"}),
+        ("remix", {"mixup": 1.0} | REMIX),
+        ("remix+drw", {"mixup": 1.0, "epochs": 300} | REMIX | DRW),
+        ("bbn", {"second_sampler": "reverse", "schedule": "multistep-bbn"}),
+        ("balanced-softmax", {"loss": "logit_adjusted", "adjustment": 1.0}),
+        ("lifted", {"metric": "lifted", "metric_weight": 0.1}),
+        ("range", {"metric": "range", "metric_weight": 0.1}),
+        ("fslwf", {"scale": 10.0}),
+        ("oltr+lfme", {"distillation": 2.0, "sampler": "class_cyclic", "holdout": 0.1}),
+        ("tau-norm", {"holdout": 0.1}),
+        ("temperature", {"holdout": 0.1}),
+        ("temperature+mixup", {"mixup": 1.0, "holdout": 0.1}),
+    ],
+)
+def test_stage1_is_the_plain_models_but_for_the_recipe_of_its_source(method, recipe):
+    plain, stage = (asdict(configure("cifar10", name).stage1) for name in ("ce", method))
+    assert {name: value for name, value in stage.items() if value != plain[name]} == recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe"),
+    [
+        ("tau-norm", {"rule": "tau_norm", "value": None}),
+        ("ncm+shift", {"rule": "ncm", "shift_epochs": 10}),
+        ("logit-adjustment", {"rule": "logit_adjustment", "value": 1.0}),
+        ("temperature", {"rule": "temperature", "value": None}),
+        ("fslwf", {"shots": 5}),
+        ("oltr", OLTR),
+        ("oltr+lfme", OLTR),
+    ],
+)
+def test_stage2_has_the_recipe_of_its_source(method, recipe):
+    stage = asdict(configure("cifar10", method).stage2)
+    assert {name: stage[name] for name in recipe} == recipe
+
+
 def test_remix_with_drw_runs_for_300_epochs_and_bbn_on_its_own_schedule():
     assert configure("cifar10", "remix+drw").stage1.epochs == 300
     bbn = configure("cifar10", "bbn").stage1

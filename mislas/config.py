@@ -13,16 +13,14 @@ from typing import Any
 
 from .data import LISTS, dataset_name, spec_of, training_images
 from .errors import MislasError, unknown
-from .losses import LOSSES, check_smoothing
+from .losses import LOSSES, SMOOTHING, check_smoothing
 from .metric import METRICS
-from .models import STAGES, check_backbone
+from .models import DELTAS, STAGES, check_backbone
 from .samplers import SAMPLERS
 
 #: Steps of a schedule: shares of the epochs after which the rate is multiplied, and by what; None is cosine, to 0.
 SCHEDULES = {"multistep": ((0.8, 0.9), 0.1), "multistep-bbn": ((0.6, 0.8), 0.01), "cosine": None}
 PRECISIONS = ("fp32", "bf16")
-DELTAS = ("zeros", "fresh", "stage1")
-SMOOTHING = ("others", "all")
 MIXES = ("remix", "cutmix")
 GROUPS = ("many", "medium", "few")
 RULES = ("tau_norm", "ncm", "logit_adjustment", "temperature")

@@ -15,6 +15,7 @@ from .errors import MislasError, unknown
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 FORMS = ("concave", "linear", "convex", "power")
+SMOOTHING = ("others", "all")
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -94,8 +95,8 @@ def label_aware_smoothing(factors: Tensor, *, over: str = "others") -> Loss:
     Raises:
         MislasError: another ``over``; the loss itself, if logits have another number of classes.
     """
-    if over not in ("others", "all"):
-        unknown("smoothing over", over, ("others", "all"))
+    if over not in SMOOTHING:
+        unknown("smoothing over", over, SMOOTHING)
     num_classes = len(factors)
     share = factors * num_classes / (num_classes - 1) if over == "others" else factors
     # Equation (1) moves eps_y * K / (K - 1) from the one-hot label to the uniform distribution over all K classes.

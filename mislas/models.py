@@ -236,6 +236,9 @@ def init_kaiming(module: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+DELTAS = ("zeros", "fresh", "stage1")
+
+
 class GeneralisedClassifier(nn.Module):
     r"""The Stage-2 classifier of equation (4): ``z = diag(s) (a W + dW)^T x``, W fixed.
 
@@ -273,9 +276,9 @@ class GeneralisedClassifier(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        if a not in (0, 1) or delta not in ("zeros", "fresh", "stage1", None) or (a == 0 and delta is None):
+        if a not in (0, 1) or delta not in (*DELTAS, None) or (a == 0 and delta is None):
             raise MislasError(
-                f"generalised classifier: a must be 0 or 1 and delta 'zeros', 'fresh', 'stage1' or None "
+                f"generalised classifier: a must be 0 or 1 and delta {', '.join(map(repr, DELTAS))} or None "
                 f"(not None when a is 0), got a={a!r}, delta={delta!r}"
             )
         weight = stage1.weight.detach()

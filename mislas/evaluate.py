@@ -105,16 +105,6 @@ def bin_of(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
     return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
 
 
-def classwise_ece(probabilities: np.ndarray, targets: np.ndarray, n_bins: int = BINS) -> float:
-    """Mean over classes of the ECE of "is it class k?", 0..1 (Kull et al., 2019; Nixon et al., 2019)."""
-    return float(np.mean(_class_eces(probabilities, targets, range(probabilities.shape[1]), n_bins)))
-
-
-def _class_eces(probabilities: np.ndarray, targets: np.ndarray, classes: Sequence[int], n_bins: int) -> list[float]:
-    """The ECE of "is it class k?" for each of ``classes``, whose probabilities are the columns."""
-    return [reliability(p, targets == k, n_bins).ece for p, k in zip(probabilities.T, classes, strict=True)]
-
-
 @dataclass(frozen=True)
 class Predictions:
     """What is kept of a run's test predictions: enough for every diagram, small enough for git. Each ``(N,)``."""
@@ -155,7 +145,8 @@ def summarise(
 
     Returns:
         Measures by name: ``accuracy`` and ``ece`` and the same with ``_many``, ``_medium``, ``_few``;
-        ``adaptive_ece``, ``classwise_ece``, ``mce``, ``nll`` (nats), ``brier`` (0..2), ``confidence`` (mean).
+        ``adaptive_ece``, ``classwise_ece`` (mean over classes of the ECE of "is it class k?": Kull et al., 2019; Nixon
+        et al., 2019), ``mce``, ``nll`` (nats), ``brier`` (0..2), ``confidence`` (mean).
         Accuracies, ECEs and the like are fractions in 0..1.
 
     Raises:
@@ -177,7 +168,7 @@ def summarise(
     width = max(1, CELLS // max(1, len(logits)))
     for first in range(0, logits.shape[1], width):  # by columns, since a class's bins are over all images
         p = (logits[:, first : first + width].double() - normaliser[:, None]).exp().numpy()
-        classwise += _class_eces(p, y, range(first, first + p.shape[1]), BINS)
+        classwise += [reliability(p_k, y == k).ece for k, p_k in enumerate(p.T, first)]
     correct, confidence = predictions.correct, predictions.confidence
     bins = predictions.reliability()
     measures: dict[str, float | None] = {

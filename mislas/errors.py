@@ -20,11 +20,14 @@ class DataError(MislasError):
 
 
 class Diverged(MislasError):
-    """A run's loss is no number any more. ``run`` is the identity of its configuration."""
+    """A run's loss or weights are no numbers any more. ``run`` is the identity of its configuration."""
 
-    def __init__(self, message: str, run: str = ""):  # BaseException unpickles with the message alone
+    def __init__(self, message: str, run: str):
         super().__init__(message)
         self.run = run
+
+    def __reduce__(self):  # by default it would be made from the message alone
+        return type(self), (str(self), self.run)
 
 
 class RecordError(MislasError):

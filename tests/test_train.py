@@ -17,7 +17,7 @@ from torch import nn
 import mislas.train
 from mislas.augment import Images
 from mislas.data import load
-from mislas.errors import MislasError, RecordError
+from mislas.errors import Diverged, MislasError, RecordError
 from mislas.evaluate import predict
 from mislas.losses import LOSSES, LossSpec, effective_number_weights
 from mislas.methods import ONE_STAGE, configure
@@ -583,6 +583,18 @@ def test_a_full_disk_is_told_from_other_errors(digits, options, tmp_path, full_d
     with full_disk(), pytest.raises(OSError, match=re.escape(str(path))):
         train_stage1(digits_config("ce"), digits, replace(options, checkpoint_every=0), path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_weights_that_explode_in_the_last_step_are_seen_before_a_checkpoint(digits, options, trained, tmp_path, stage):
+    few, path = digits.only(torch.arange(len(digits.train_targets)) < 32), tmp_path / "run.ckpt"
+    config = digits_config("ce" if stage == "stage1" else "crt", **{f"{stage}.epochs": 1, f"{stage}.lr": 1e30})
+    train = (
+        partial(train_stage1, config) if stage == "stage1" else partial(train_stage2, [config], copy.deepcopy(trained))
+    )
+    with pytest.raises(Diverged, match=rf"{stage} .* diverged: its weights are not finite"):
+        train(few, options, path)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])

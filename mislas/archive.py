@@ -16,7 +16,7 @@ from .config import RunConfig
 from .data import groups, write_atomically
 from .errors import RecordError
 from .evaluate import BINS, Predictions, reliability
-from .runs import STEPS, Record, Store, group_id, read_record, read_weights
+from .runs import STEPS, Record, Store, group_id, predictions_in, read_record, read_weights
 
 _MEMBER = re.compile(r"\w[\w.-]*/[\w-][\w.-]*\.(json|npz|safetensors|ckpt)")
 _SUFFIXES = (".npz", ".safetensors", ".json")  # records last: what has one is complete
@@ -165,9 +165,9 @@ def _check_measures(record: Record, data: bytes, path: Path) -> None:
     try:
         with np.load(io.BytesIO(data)) as stored:
             arrays = {key: stored[key] for key in stored.files}
-        names = ("target", "predicted", "confidence", "true_probability")
-        target, predicted, confidence, own = np.stack([arrays[name] for name in names])
-        bounds = _bounds(Predictions(target, predicted, confidence / STEPS, own / STEPS), arrays["class_counts"])
+        predictions = predictions_in(arrays)
+        np.stack(list(vars(predictions).values()))  # an error if one is shorter
+        bounds = _bounds(predictions, arrays["class_counts"])
     except Exception as error:
         raise RecordError(f"{path} is damaged ({type(error).__name__}); restore it, or take its run out") from error
     for name, found in bounds.items():

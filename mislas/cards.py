@@ -7,6 +7,7 @@ from typing import Any
 
 from IPython.display import Markdown
 
+from .config import differences
 from .methods import METHODS, configure
 from .study import Study
 from .tables import percent
@@ -14,13 +15,8 @@ from .tables import percent
 
 def settings(method: str, dataset: str = "cifar10") -> dict[str, Any]:
     """How a method's configuration differs from the plain model's, by field; a Stage-2 is named in full."""
-    ours, plain = (configure(dataset, name).to_json() for name in (method, "ce"))
-    return {
-        f"{stage}.{key}": value
-        for stage in ("stage1", "stage2")
-        for key, value in ours.get(stage, {}).items()
-        if value != plain.get(stage, {}).get(key)
-    }
+    found = differences(configure(dataset, method), configure(dataset, "ce"))
+    return {key: value for key, value in found.items() if "." in key and value is not None}
 
 
 def card(names: str | Sequence[str], study: Study, dataset: str = "cifar10", imbalance: float = 100) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import __version__, cluster, distributed
 from .archive import merge, pack
 from .campaign import campaign, images_per_second, jobs, parse_budget, wanted
-from .config import RunConfig, field_names, locate, takes_text
+from .config import RunConfig, assignment, differences, field_names, locate, takes_text
 from .data import LISTS, SPECS, load
 from .errors import MislasError, RecordError
 from .evaluate import BINS, predict, summarise
@@ -459,14 +459,13 @@ def changed(config: RunConfig) -> str:
     if config.method not in METHODS or config.dataset not in SETTINGS:
         return ""
     usual = configure(config.dataset, config.method, config.imbalance, config.seed)
-    pairs = []
-    for key in field_names():
-        where, field = locate(key)
-        ours, default = (getattr(getattr(c, where) if where else c, field, None) for c in (config, usual))
-        if ours != default:
-            name = field if locate(field) == (where, field) else key
-            pairs.append(f"{name}={ours if isinstance(ours, str) else json.dumps(ours)}")
-    return " ".join(pairs)
+    return " ".join(assignment(_short(key), value) for key, value in differences(config, usual).items())
+
+
+def _short(key: str) -> str:
+    """A field without its stage, where that names the same."""
+    _, field = locate(key)
+    return field if locate(field) == locate(key) else key
 
 
 def _print_runs(records: Sequence[Record]) -> None:

@@ -382,6 +382,23 @@ def locate(key: str) -> tuple[str | None, str]:
     unknown("field", key, field_names())
 
 
+def value_of(config: RunConfig, key: str) -> Any:
+    """What a run has in the field that a key names; None, too, if its stage has no such field."""
+    where, field = locate(key)
+    part = getattr(config, where) if where else config
+    return None if part is None else vars(part).get(field)
+
+
+def differences(config: RunConfig, other: RunConfig) -> dict[str, Any]:
+    """What a run has otherwise than another: by key, its value."""
+    return {key: value_of(config, key) for key in field_names() if value_of(config, key) != value_of(other, key)}
+
+
+def assignment(key: str, value: Any) -> str:
+    """``key=value`` as ``--set`` takes it."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
 def takes_text(key: str) -> bool:
     """Whether the field that a key names takes text."""
     where, field = locate(key)

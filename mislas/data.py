@@ -459,15 +459,13 @@ def _binary(folder: Path) -> Splits:
 
 def _tree(name: str, data_root: str, size: int, num_classes: int) -> Splits:
     """An image tree, decoded once for as long as its files are the same."""
-    *_, identity = _find_tree(name, Path(data_root))
-    return _decoded(name, data_root, identity, size, num_classes)
+    return _decoded(name, _find_tree(name, Path(data_root)), size, num_classes)
 
 
 @lru_cache(maxsize=2)
-def _decoded(name: str, data_root: str, identity: str, size: int, num_classes: int) -> Splits:
+def _decoded(name: str, tree: _Tree, size: int, num_classes: int) -> Splits:
     """The same, kept as plain arrays in the cache folder, too."""
-    source, members, _ = _find_tree(name, Path(data_root))
-    cached = cache_dir() / f"{name}-{identity}-2.npz"  # count up when what decode() takes or gives changes
+    cached = cache_dir() / f"{name}-{tree.identity}-2.npz"  # count up when what decode() takes or gives changes
     arrays = None
     if cached.exists():
         try:
@@ -476,7 +474,7 @@ def _decoded(name: str, data_root: str, identity: str, size: int, num_classes: i
         except Exception:  # a cache cut short is only a cache: decode again
             arrays = None
     if arrays is None or (arrays["train_images"].shape[1], len(arrays["class_names"])) != (size, num_classes):
-        arrays = _decode_tree(name, source, members, size, num_classes)  # says which image or class is not as expected
+        arrays = _decode_tree(name, tree, size, num_classes)  # says which image or class is not as expected
         try:
             write_atomically(cached, lambda handle: np.savez(handle, **arrays))
         except OSError as error:
@@ -508,8 +506,16 @@ def _find_place(name: str, root: Path) -> Path:
     return archive
 
 
-def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple[str, bytes]]], str]:
-    """The tree's place, a function that iterates over (member name, bytes), and an identity for the cache."""
+@dataclass(frozen=True)
+class _Tree:
+    """An image tree: its place, a function that iterates over (member name, bytes), and an identity of its files."""
+
+    place: Path
+    members: Callable[[], Iterator[tuple[str, bytes]]] = field(compare=False)
+    identity: str
+
+
+def _find_tree(name: str, root: Path) -> _Tree:
     place = _find_place(name, root)
     if place.is_dir():
         pattern = "[!.]*/[!.]*"
@@ -520,7 +526,7 @@ def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple
             for path in files:
                 yield path.relative_to(place).as_posix(), path.read_bytes()
 
-        return place, from_folder, hashlib.sha256(listing.encode()).hexdigest()[:16]
+        return _Tree(place, from_folder, hashlib.sha256(listing.encode()).hexdigest()[:16])
 
     def from_archive() -> Iterator[tuple[str, bytes]]:  # members are read in memory; nothing is extracted to disk
         with tarfile.open(place) as tar:
@@ -535,7 +541,7 @@ def _find_tree(name: str, root: Path) -> tuple[Path, Callable[[], Iterator[tuple
                     raise EOFError("the archive ends early")
 
     about = place.stat()
-    return place, from_archive, _digest(place, about.st_size, about.st_mtime_ns)
+    return _Tree(place, from_archive, _digest(place, about.st_size, about.st_mtime_ns))
 
 
 @lru_cache(maxsize=8)
@@ -545,13 +551,12 @@ def _digest(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
 
 
-def _decode_tree(
-    name: str, source: Path, members: Callable[[], Iterator[tuple[str, bytes]]], size: int, num_classes: int
-) -> dict[str, np.ndarray]:
+def _decode_tree(name: str, tree: _Tree, size: int, num_classes: int) -> dict[str, np.ndarray]:
+    source = tree.place
     found: dict[str, list[tuple[str, str, np.ndarray]]] = {"train": [], "test": []}
     member = None
     try:
-        for member, content in tqdm(members(), desc=f"decode {source.name}", unit=" images", leave=False):
+        for member, content in tqdm(tree.members(), desc=f"decode {source.name}", unit=" images", leave=False):
             parts = member.split("/")
             if len(parts) != 3 or parts[0] not in found:
                 continue

@@ -17,7 +17,7 @@ from .data import SPECS, long_tailed_counts
 from .evaluate import Bins
 from .losses import smoothing_factors
 from .runs import Record
-from .study import GRID, Asked, Study, missing_by_command
+from .study import GRID, Asked, Study
 from .tables import DASH, PLACES, Table, by_group, how_to, paired
 from .train import learning_rate_factor
 
@@ -67,15 +67,8 @@ def reliability_diagram(
         ax.bar(centre[where], bins.gap[where], width[where], bottom[where], linewidth=0.5, **look)
     ax.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1.2)
     share = bins.count / bins.count.sum()
-    ax.bar(
-        centre,
-        -0.18 * share / (largest or share.max()),
-        width,
-        color=GREY,
-        alpha=0.55,
-        edgecolor="white",
-        linewidth=0.5,
-    )
+    depth = -0.18 * share / (largest or share.max())
+    ax.bar(centre, depth, width, color=GREY, alpha=0.55, edgecolor="white", linewidth=0.5)
     ax.axhline(0, color="black", linewidth=0.6)
     ax.set(xlim=(0, 1), ylim=(-0.2, 1), xticks=[0, 0.5, 1], yticks=[0, 0.25, 0.5, 0.75, 1], aspect="equal")
     ax.text(
@@ -141,9 +134,9 @@ def reliability_figure(
         flat = axes.ravel()
         drawn = [records[0].predictions().reliability() if records else None for records in found]
         largest = max(bins.count.max() / bins.count.sum() for bins in drawn if bins)
-        for i, (ax, (heading, *_), records) in enumerate(zip(flat, panels, found, strict=False)):
+        for i, (ax, (heading, *_), records, bins) in enumerate(zip(flat, panels, found, drawn, strict=False)):
             ax.set_title(heading)
-            if bins := drawn[i]:
+            if bins:
                 shown.append(records[0])
                 metrics = records[0].metrics
                 first_column, last_row = i % columns == 0, i + columns >= len(panels)
@@ -178,7 +171,7 @@ def missing_commands(
 ) -> list[str]:
     """The commands that measure the panels that nobody has measured yet, and what they cost; see :func:`how_to`."""
     asked = _asked(panels, changes)
-    missing = missing_by_command(asked, [study.complete(found) for found in study.side_by_side(dataset, asked)])
+    missing = study.missing(asked, study.side_by_side(dataset, asked))
     return [how_to(study, dataset, *command) for command in missing]
 
 

@@ -87,16 +87,17 @@ class Record:
 
     def predictions(self) -> Predictions:
         """Test predictions; probabilities are stored in steps of 1 / :data:`STEPS`."""
-        a = self.arrays()
         try:
-            return Predictions(
-                a["target"].astype(np.int64),
-                a["predicted"].astype(np.int64),
-                a["confidence"] / STEPS,
-                a["true_probability"] / STEPS,
-            )
+            return predictions_in(self.arrays())
         except KeyError as error:
             raise RecordError(f"{self.path.with_suffix('.npz')} has no {error}; restore it") from error
+
+
+def predictions_in(arrays: dict[str, np.ndarray]) -> Predictions:
+    """The test predictions among the arrays of a record; KeyError if one of theirs is missing."""
+    target, predicted = (arrays[name].astype(np.int64) for name in ("target", "predicted"))
+    confidence, true_probability = (arrays[name] / STEPS for name in ("confidence", "true_probability"))
+    return Predictions(target, predicted, confidence, true_probability)
 
 
 class Store:

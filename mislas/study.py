@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from . import paper
-from .config import RunConfig, check_type, locate
+from .config import RunConfig, assignment, check_type, locate, value_of
 from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
 from .methods import SETTINGS, configure
@@ -243,16 +243,17 @@ class Study:
         """
         fields = []
         for key, value in self.overrides.items():
-            where, field = locate(key)
-            parts = [getattr(record.config, where) if where else record.config for record in shown]
-            found = [getattr(part, field, None) for part in parts]
+            found = [value_of(record.config, key) for record in shown]
             if all(own in (None, value) for own in found) and (value in found or not shown):
                 fields.append(f"{key}={value}")
         return f" With {', '.join(fields)}." if fields else ""
 
-    def complete(self, records: list[Record]) -> list[Record]:
-        """The records of a run, or none of them if there is one for some of the asked seeds only."""
-        return records if len(records) >= len(self.seeds or [0]) else []
+    def missing(
+        self, asked: Sequence[Asked], found: Sequence[Sequence[Record]]
+    ) -> list[tuple[list[str], float | None, dict[str, Any]]]:
+        """What :func:`missing_by_command` gives, of runs that lack a record, or one for some of the asked seeds."""
+        seeds = len(self.seeds or [0])
+        return missing_by_command(asked, [records if len(records) >= seeds else [] for records in found])
 
     @property
     def kind(self) -> str:
@@ -406,7 +407,7 @@ class Study:
         parts += more
         if self.seeds:
             parts.append(f"--seed {' '.join(map(str, self.seeds))}")
-        parts += [f"--set {k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in fields.items()]
+        parts += [f"--set {assignment(key, value)}" for key, value in fields.items()]
         return " ".join([*parts, "--data-root DIR"])
 
     def provenance(self, records: Sequence[Record]) -> str:

@@ -357,7 +357,7 @@ def marked(
     cells, notes = [""] * len(asked), []
     shown = [record for records in found for record in records]
     letters = itertools.chain(string.ascii_lowercase, itertools.repeat("+"))
-    for command in missing_by_command(asked, [study.complete(records) for records in found]):
+    for command in study.missing(asked, found):
         blank = [
             place
             for place, (method, *rest) in enumerate(asked)
@@ -375,7 +375,7 @@ def marked(
 
 def missing_notes(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
     """Notes naming the commands for the runs that were not found; for many, the campaign's: it trains them together."""
-    commands = missing_by_command(asked, [study.complete(records) for records in found])
+    commands = study.missing(asked, found)
     if len(commands) > 3:
         return [f"Not measured yet: `{study.campaign_command(dataset, asked[0][1])}`"]
     return [f"Not measured yet: `{study.command(dataset, *command)}`" for command in commands]

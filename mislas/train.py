@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -659,12 +658,18 @@ def _check_finite(
 ) -> None:
     """Stop a run that diverged before it is checkpointed, not after the hours that are left of it. After the last
     epoch no loss would tell of the weights: ``heads`` are given, and they are looked at, rounded to half precision."""
-    found = [f"mean loss in epoch {row['epoch']} is {row['train_loss']}" for row in rows]
-    wrong = [not math.isfinite(row["train_loss"]) for row in rows]
-    for place, head in enumerate(heads):
-        if not wrong[place] and not all(p.half().isfinite().all() for p in [*network.parameters(), *head.parameters()]):
-            found[place], wrong[place] = "weights are not finite", True
-    for config, what in itertools.compress(zip(configs, found, strict=True), wrong):
+
+    def sound(module: nn.Module) -> bool:
+        return all(parameter.half().isfinite().all() for parameter in module.parameters())
+
+    backbone = not heads or sound(network)
+    for config, row, head in zip(configs, rows, heads or [None] * len(configs), strict=True):
+        if not math.isfinite(row["train_loss"]):
+            what = f"mean loss in epoch {row['epoch']} is {row['train_loss']}"
+        elif not backbone or (head is not None and not sound(head)):
+            what = "weights are not finite"
+        else:
+            continue
         raise Diverged(
             f"{_describe([config], stage_name)} diverged: its {what}; try a learning rate below "
             f"{getattr(config, stage_name).lr:g}: --set {stage_name}.lr=NUMBER",

@@ -10,6 +10,7 @@ study.neighbours("cifar100")                       # what is measured beside a d
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -408,7 +409,10 @@ class Study:
         if self.seeds:
             parts.append(f"--seed {' '.join(map(str, self.seeds))}")
         parts += [f"--set {assignment(key, value)}" for key, value in fields.items()]
-        return " ".join([*parts, "--data-root DIR"])
+        parts.append("--data-root DIR")
+        if self.profile != "tiny" and self.store.root.absolute() != default_results_root().absolute():
+            parts.append(f"--results-root {shlex.quote(str(self.store.root))}")
+        return " ".join(parts)
 
     def provenance(self, records: Sequence[Record]) -> str:
         """Where some numbers come from, in one line; a record that is named twice counts once."""

@@ -216,8 +216,9 @@ def test_the_same_size_is_that_of_the_long_tail():
 def test_a_command_for_balanced_data_names_its_size_once(tmp_path):
     notes = claim_table(Study("stored", results_root=tmp_path), "cifar10", CLAIMS[0]).notes
     train = "mislas train --dataset cifar10 --imbalance 1 --method ce"
-    assert f"Not measured yet: `{train} --set n_max=1240 --data-root DIR`" in notes
-    assert f"Not measured yet: `{train} --data-root DIR`" in notes
+    where = f"--data-root DIR --results-root {tmp_path}"
+    assert f"Not measured yet: `{train} --set n_max=1240 {where}`" in notes
+    assert f"Not measured yet: `{train} {where}`" in notes
 
 
 def test_an_empty_store_leaves_every_claim_unmeasured(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import matplotlib
@@ -63,7 +64,7 @@ def test_table_shows_mean_spread_and_n_and_names_the_command_for_the_rest(store)
     assert table.frame.loc["MiSLAS"].tolist()[1:] == ["[a]", "–"]
     assert table.notes[0] == (
         "[a] Not measured yet: `mislas train --dataset digits --imbalance 10 --method mislas "
-        "--set epochs=2 --set stage2.epochs=1 --data-root DIR`"
+        f"--set epochs=2 --set stage2.epochs=1 --data-root DIR --results-root {store.root}`"
     )
     assert "seeds 0, 1" in table.notes[-1]
 
@@ -275,13 +276,16 @@ def test_full_trains_no_dataset_of_which_only_neighbours_are_at_hand(tmp_path):
 
 
 def test_commands_carry_changes_that_the_command_line_understands(tmp_path):
-    study = Study(results_root=tmp_path, seeds=[1], overrides={"stage2.epochs": 3})
+    (tmp_path / "my runs").mkdir()
+    study = Study(results_root=tmp_path / "my runs", seeds=[1], overrides={"stage2.epochs": 3})
     changes = {"stage2.shift_bn": True, "stage2.sampler": "class_cyclic"}
     command = study.command("cifar10", ["lws"], 100, changes)
-    arguments = _parser().parse_args(command.split()[1:])
+    arguments = _parser().parse_args(shlex.split(command)[1:])
     assert parse_overrides(arguments.set) == {"stage2.epochs": 3, **changes}
     assert arguments.seed == [1]
-    campaign = _parser().parse_args(study.campaign_command("cifar100").split()[1:])
+    assert arguments.results_root == str(tmp_path / "my runs")
+    assert "--results-root" not in Study().command("cifar10", ["lws"], 100)
+    campaign = _parser().parse_args(shlex.split(study.campaign_command("cifar100"))[1:])
     assert (campaign.dataset, campaign.imbalance, campaign.seed) == ("cifar100", [100], [1])
 
 
@@ -339,6 +343,7 @@ def test_seeds_that_were_asked_for_and_are_missing_have_a_command(made_up):
     study = Study(results_root=made_up.root, seeds=[0, 1])
     table = table3(study, "cifar10", [100], ["ce", "mislas"])
     given = "mislas train --dataset cifar10 --imbalance 100 --method ce mislas --seed 0 1 --data-root DIR"
+    given += f" --results-root {made_up.root}"
     assert table.notes[0] == f"[a] Not measured yet: `{given}`"
     alone = table3(study, "cifar10", [100], ["ce"]).notes[0]
     assert alone == f"Not measured with every seed yet: `{given.replace(' mislas --seed', ' --seed')}`"

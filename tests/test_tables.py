@@ -61,7 +61,7 @@ def test_beside_the_paper_the_exact_images_come_first_and_others_are_marked(made
     assert mixed.frame["IF 100", "measured"].tolist() == ["75.0*", "100.0"]
     assert "Measured on cifar10; where marked *, on cifar10-jpeg" in mixed.caption
     command = "mislas train --dataset cifar10 --imbalance 100 --method ce --data-root DIR"
-    assert f"[*] On exact images: `{command}`" in mixed.notes
+    assert f"[*] On exact images: `{command} --results-root {made_up.root}`" in mixed.notes
     far = distance(study, "cifar10", [100])
     assert far.frame["IF 100"].to_dict() == {"MiSLAS": "+17.9"}  # no distance of a copy's
 
@@ -125,12 +125,13 @@ def test_variants_are_held_against_the_first_row(made_up):
     assert table.frame.loc["linear"].tolist() == ["–", "not measured", "–", "–", "–"]
     assert table.frame.columns[0] == ("paper", "difference")
     command = "mislas train --dataset cifar10 --imbalance 100 --method mislas --set form=linear --data-root DIR"
-    assert table.notes[0] == f"Not measured yet: `{command}`"
+    assert table.notes[0] == f"Not measured yet: `{command} --results-root {made_up.root}`"
     many = (
         changes | {form: {"form": form} for form in ("convex", "a", "b")} | {"a": {"eps_1": 0.5}, "b": {"eps_1": 0.4}}
     )
     several = variants(Study(results_root=made_up.root), "cifar10", "mislas", many)  # a campaign trains them together
-    assert several.notes[0] == "Not measured yet: `mislas campaign --dataset cifar10 --imbalance 100 --data-root DIR`"
+    command = f"mislas campaign --dataset cifar10 --imbalance 100 --data-root DIR --results-root {made_up.root}"
+    assert several.notes[0] == f"Not measured yet: `{command}`"
 
 
 def test_variants_of_the_tiny_profile_show_no_paper(made_up, monkeypatch):

@@ -435,6 +435,8 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
             after |= {"remix_kappa": None, "remix_tau": None}
     if isinstance(stage, Memory) and after["backbone_lr"] is None and "attention" not in new:
         after["attention"] = False
+    if isinstance(stage, Adjustment) and after["rule"] == "ncm":
+        after["value"] = None
     if isinstance(stage, Stage1 | Stage2):
         spec = LOSSES.get(after["loss"])
         idle = _LOSS_SETTINGS - {*spec.settings, *spec.optional} if spec else set()

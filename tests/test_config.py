@@ -163,6 +163,15 @@ def test_overrides_without_meaning_are_passed_over():
     assert lws.override(changes) == lws.override({"stage2.epochs": 3})
 
 
+def test_class_means_have_no_value():
+    ncm, tau_norm = configure("digits", "ncm"), configure("digits", "tau-norm", overrides={"value": 2.0})
+    assert tau_norm.stage2.value == 2.0
+    assert ncm.override({"value": 2.0}) == ncm
+    assert tau_norm.override({"rule": "ncm"}).stage2 == replace(tau_norm.stage2, rule="ncm", value=None)
+    with pytest.raises(MislasError, match=r"got 2\.0 for 'ncm'"):
+        replace(ncm, stage2=replace(ncm.stage2, value=2.0))
+
+
 def test_what_mixes_is_passed_over_where_nothing_does():
     """So that one set of overrides serves Table 3, which has BBN and Remix in it."""
     assert configure("digits", "bbn", overrides={"mixup": 0.2}) == configure("digits", "bbn")
@@ -334,7 +343,6 @@ def test_a_run_says_what_it_trains_on():
         ("temperature", {"holdout": 0.6}, "stage1.holdout is a share of each class"),
         ("temperature", {"value": 0.0}, "or the temperature >= 0.001; got 0.0"),
         ("tau-norm", {"value": -1.0}, "tau >= 0 of 'tau_norm'"),
-        ("ncm", {"value": 1.0}, "got 1.0 for 'ncm'"),
         ("ncm", {"rule": "nmc"}, "unknown stage2.rule 'nmc'; did you mean 'ncm'"),
         ("ncm+shift", {"shift_epochs": 0}, "stage2.shift_epochs must be at least 1"),
         ("ncm+shift", {"shift_sampler": "balanced"}, "unknown stage2.shift_sampler 'balanced'"),

@@ -464,8 +464,8 @@ def changed(config: RunConfig) -> str:
 
 def _short(key: str) -> str:
     """A field without its stage, where that names the same."""
-    _, field = locate(key)
-    return field if locate(field) == locate(key) else key
+    where, field = locate(key)
+    return field if locate(field) == (where, field) else key
 
 
 def _print_runs(records: Sequence[Record]) -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 
 from . import paper
 from .campaign import OTHERS, Rates, estimate, images_per_second, jobs
-from .config import RunConfig
+from .config import RunConfig, value_of
 from .data import groups
 from .errors import unknown
 from .methods import METHODS, SETTINGS, configure
@@ -584,8 +584,7 @@ def _settings(config: RunConfig) -> list[Any]:
     """A configuration's values in the columns of Table 5; where its stages differ in a common one, both."""
     found = []
     for fields in paper.TABLE5_COLUMNS.values():
-        stages = (path.split(".") for path in fields)
-        values = dict.fromkeys(getattr(getattr(config, stage), name) for stage, name in stages)
+        values = dict.fromkeys(value_of(config, path) for path in fields)
         found.append(next(iter(values)) if len(values) == 1 else tuple(values))
     return found
 

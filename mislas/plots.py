@@ -179,7 +179,8 @@ def missing_variants(
     study: Study, dataset: str, method: str, changes: Sequence[dict[str, Any]], imbalance: float = 100
 ) -> list[str]:
     """The command that measures variants of a method, if any has not been measured."""
-    return [] if all(study.sweep(dataset, method, changes, imbalance)) else [study.campaign_command(dataset, imbalance)]
+    found = study.sweep(dataset, method, changes, imbalance)
+    return [] if all(found) else [study.campaign_command(dataset, [imbalance])]
 
 
 # ----------------------------------------------------------------------------------------------------------- Table 5

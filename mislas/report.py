@@ -18,10 +18,9 @@ import pandas as pd
 
 from . import paper
 from .campaign import STAGE2_MIXUP, estimate, images_per_second, jobs, wanted
-from .config import RunConfig
 from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
-from .runs import Record, Store
+from .runs import Record
 from .study import ALL_IMAGES, AS_MANY, FORMS, NO_SMOOTHING, Asked, Study, balanced
 from .tables import DASH, Table, missing_notes, paired, star, starred, table_of
 
@@ -434,27 +433,33 @@ def rare_over_frequent(record: Record) -> float:
 # ------------------------------------------------------------------------------------------------------------- gaps
 
 
-def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | None = None, seed: int = 0) -> Table:
-    """What a campaign wants and the store lacks: runs, and what they cost on the fastest device that the store knows.
-    The commands are under the table.
+def gaps(study: Study, datasets: Iterable[str], imbalances: Sequence[float] = ()) -> Table:
+    """What a campaign wants and the study's store lacks: runs, and what they cost on the fastest device that the store
+    knows. The commands are under the table.
 
     The cost is what has to be trained anew, Stage-1 included, at the rate of stored runs of the same kind.
 
     Args:
-        imbalances: imbalance factors; None is what :func:`mislas.campaign.wanted` takes. The balanced model is always
-            looked for.
+        imbalances: imbalance factors; without any they are what :func:`mislas.campaign.wanted` takes. The balanced
+            model is always looked for.
     """
-    rates, rows, titles, marks, devices = images_per_second(store), [], [], {}, set()
+    rates, rows, titles, marks, devices = images_per_second(study.store), [], [], {}, set()
+    seeds = study.seeds or [0]
     for dataset in datasets:
-        everything = wanted(dataset, imbalances, [seed])
+        everything = wanted(dataset, imbalances, seeds, study.overrides)
         for imbalance in dict.fromkeys(config.imbalance for config in everything):
             configs = [config for config in everything if config.imbalance == imbalance]
-            missing = [config for config in configs if store.get(config) is None]
+            missing = [config for config in configs if study.store.get(config) is None]
             if not missing:
                 continue
-            planned = jobs(configs, store)
-            command = _commands(dataset, imbalances, seed, missing)
-            mark = marks.setdefault(command, f"[{len(marks) + 1}]")
+            planned = jobs(configs, study.store)
+            if imbalance > 1:
+                commands = [study.campaign_command(dataset, imbalances)]
+            else:  # balanced models, each alone
+                sizes = [{} if config.n_max is None else {"n_max": config.n_max} for config in missing]
+                changes = [{"backbone": config.backbone} | size for config, size in zip(missing, sizes, strict=True)]
+                commands = dict.fromkeys(study.command(dataset, ["ce"], 1, change) for change in changes)
+            mark = marks.setdefault(", ".join(f"`{command}`" for command in commands), f"[{len(marks) + 1}]")
             passes = sum(job.passes for job in planned)
             hours, _, device = estimate(planned, rates).partition(" on ")
             devices |= {device} - {""}
@@ -462,20 +467,8 @@ def gaps(store: Store, datasets: Iterable[str], imbalances: Sequence[float] | No
             titles.append(f"{dataset} {mark}")
     columns = ["IF", "runs missing", "million image passes", "estimated"]
     frame = pd.DataFrame(rows, columns=columns, index=titles)
-    caption = f"What is not measured yet, seed {seed}." if rows else "All that a campaign wants is measured."
+    which = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    caption = f"What is not measured yet, {which}." if rows else "All that a campaign wants is measured."
     if devices:
         caption += f" Estimated on {', '.join(sorted(devices))}: the fastest that has done such runs."
-    return Table(frame, caption, [f"{mark} {command}" for command, mark in marks.items()])
-
-
-def _commands(dataset: str, imbalances: Sequence[float] | None, seed: int, missing: Sequence[RunConfig]) -> str:
-    """What measures missing runs of one imbalance factor: a campaign, or for balanced models each alone."""
-    given = f"--dataset {dataset} --seed {seed} --data-root DIR"
-    if missing[0].imbalance > 1:
-        which = f" --imbalance {' '.join(f'{i:g}' for i in imbalances)}" if imbalances else ""
-        return f"`mislas campaign {given}{which}`"
-    commands = []
-    for config in missing:
-        size = "" if config.n_max is None else f" --set n_max={config.n_max}"
-        commands.append(f"`mislas train {given} --imbalance 1 --method ce --set backbone={config.backbone}{size}`")
-    return ", ".join(commands)
+    return Table(frame, caption, [f"{mark} {commands}" for commands, mark in marks.items()])

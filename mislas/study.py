@@ -385,26 +385,27 @@ class Study:
         self, dataset: str, methods: Sequence[str], imbalance: float | None, changes: dict[str, Any] | None = None
     ) -> str:
         """The command that measures these runs."""
-        return self._command("train", dataset, imbalance, [f"--method {' '.join(methods)}"], changes)
+        fields = self.overrides | (changes or {})
+        imbalance = fields.pop("imbalance", imbalance)
+        return self._command("train", dataset, [imbalance], [f"--method {' '.join(methods)}"], fields)
 
-    def campaign_command(self, dataset: str, imbalance: float | None = None) -> str:
-        """The command that measures all that the book shows of a dataset, :data:`GRID` and :data:`FORMS` included."""
-        return self._command("campaign", dataset, imbalance)
+    def campaign_command(self, dataset: str, imbalances: Sequence[float | None] = ()) -> str:
+        """The command that measures all that the book shows of a dataset, :data:`GRID` and :data:`FORMS` included, at
+        some imbalance factors; without any, at those that a campaign takes by itself."""
+        return self._command("campaign", dataset, imbalances, [], self.overrides)
 
     def _command(
         self,
         name: str,
         dataset: str,
-        imbalance: float | None,
-        more: Sequence[str] = (),
-        changes: dict[str, Any] | None = None,
+        imbalances: Sequence[float | None],
+        more: Sequence[str],
+        fields: dict[str, Any],
     ) -> str:
         first = self.datasets(dataset)[0]
-        fields = self.overrides | (changes or {})
-        imbalance = fields.pop("imbalance", imbalance)
         parts = [f"mislas {name} --dataset {first}"]
-        if first not in LISTS:
-            parts.append(f"--imbalance {100 if imbalance is None else imbalance:g}")
+        if imbalances and first not in LISTS:
+            parts.append("--imbalance " + " ".join(f"{100 if i is None else i:g}" for i in imbalances))
         parts += more
         if self.seeds:
             parts.append(f"--seed {' '.join(map(str, self.seeds))}")

@@ -377,7 +377,7 @@ def missing_notes(study: Study, dataset: str, asked: Sequence[Asked], found: Seq
     """Notes naming the commands for the runs that were not found; for many, the campaign's: it trains them together."""
     commands = study.missing(asked, found)
     if len(commands) > 3:
-        return [f"Not measured yet: `{study.campaign_command(dataset, asked[0][1])}`"]
+        return [f"Not measured yet: `{study.campaign_command(dataset, [asked[0][1]])}`"]
     return [f"Not measured yet: `{study.command(dataset, *command)}`" for command in commands]
 
 

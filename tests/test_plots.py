@@ -70,7 +70,7 @@ def test_matrix_shows_measured_cells_marks_and_stars(made_up):
         frames = [patch.get_xy() for patch in ax.patches if not patch.get_fill()]
         assert np.allclose(frames, [(0.07, 0.07), (3.07, 0.07)])
     assert "cifar10, seed 0" in figure.get_suptitle()
-    assert missing_variants(study, "cifar10", "mislas", GRID) == [study.campaign_command("cifar10")]
+    assert missing_variants(study, "cifar10", "mislas", GRID) == [study.campaign_command("cifar10", [100])]
     assert missing_variants(study, "cifar10", "mislas", [{}]) == []
 
 

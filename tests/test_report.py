@@ -256,22 +256,34 @@ def test_every_side_of_every_claim_is_wanted_by_the_campaign():
 
 
 def test_gaps_name_what_is_missing_its_cost_and_the_command(store):
-    table = gaps(store, ["cifar10-jpeg"], [100])
+    table = gaps(Study(results_root=store.root), ["cifar10-jpeg"], [100])
     row = table.frame.iloc[0]
     assert row["runs missing"].split(" of ")[0] != "0"
     assert table.frame.index[0] == "cifar10-jpeg [1]"
-    given = "--dataset cifar10-jpeg --seed 0 --data-root DIR"
-    small = f"mislas train {given} --imbalance 1 --method ce --set backbone=resnet32 --set n_max=1240"
-    assert table.notes == [f"[1] `mislas campaign {given} --imbalance 100`", f"[2] `{small}`"]
+    end = f"--data-root DIR --results-root {store.root}"
+    train = "mislas train --dataset cifar10-jpeg --imbalance 1 --method ce"
+    assert table.notes == [
+        f"[1] `mislas campaign --dataset cifar10-jpeg --imbalance 100 {end}`",
+        f"[2] `{train} --set backbone=resnet32 --set n_max=1240 {end}`",
+    ]
     assert float(row["million image passes"]) > 0
-    empty = gaps(Store(store.root / "none"), ["cifar10"], [100])
-    assert empty.frame.iloc[-1][["IF", "runs missing"]].tolist() == ["1", "2 of 2"]
-    train = "mislas train --dataset cifar10 --seed 0 --data-root DIR --imbalance 1 --method ce --set backbone=resnet32"
-    assert empty.notes[-1] == f"[2] `{train}`, `{train} --set n_max=1240`"
+
+
+def test_gaps_are_those_of_the_seeds_and_overrides_asked_for(tmp_path):
+    study = Study(results_root=tmp_path, seeds=[1, 2], overrides={"stage2.epochs": 3})
+    table = gaps(study, ["cifar10"])
+    assert table.frame.iloc[-1][["IF", "runs missing"]].tolist() == ["1", "4 of 4"]
+    assert table.caption == "What is not measured yet, seeds 1, 2."
+    changed, end = "--set stage2.epochs=3", f"--data-root DIR --results-root {tmp_path}"
+    train = f"mislas train --dataset cifar10 --imbalance 1 --method ce --seed 1 2 {changed} --set backbone=resnet32"
+    assert table.notes == [
+        f"[1] `mislas campaign --dataset cifar10 --seed 1 2 {changed} {end}`",
+        f"[2] `{train} {end}`, `{train} --set n_max=1240 {end}`",
+    ]
 
 
 def test_gaps_look_at_the_imbalance_factors_that_a_dataset_has(tmp_path):
-    small, large = (gaps(Store(tmp_path), [name]) for name in ("cifar100", "tinyimagenet64"))
+    small, large = (gaps(Study(results_root=tmp_path), [name]) for name in ("cifar100", "tinyimagenet64"))
     assert small.frame["IF"].tolist() == ["100", "50", "10", "1"]
     assert large.frame["IF"].tolist() == ["100", "1"]
     assert [note.count("mislas train") for note in large.notes] == [0, 2]  # both balanced networks

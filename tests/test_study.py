@@ -285,8 +285,9 @@ def test_commands_carry_changes_that_the_command_line_understands(tmp_path):
     assert arguments.seed == [1]
     assert arguments.results_root == str(tmp_path / "my runs")
     assert "--results-root" not in Study().command("cifar10", ["lws"], 100)
-    campaign = _parser().parse_args(shlex.split(study.campaign_command("cifar100"))[1:])
+    campaign = _parser().parse_args(shlex.split(study.campaign_command("cifar100", [100]))[1:])
     assert (campaign.dataset, campaign.imbalance, campaign.seed) == ("cifar100", [100], [1])
+    assert "--imbalance" not in study.campaign_command("cifar100")
 
 
 def test_the_committed_records_are_whole_and_on_the_full_schedule():

@@ -22,7 +22,7 @@ from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record
 from .study import ALL_IMAGES, AS_MANY, FORMS, NO_SMOOTHING, Asked, Study, balanced
-from .tables import DASH, Table, missing_notes, paired, star, starred, table_of
+from .tables import DASH, Table, missing_notes, paired, points, star, starred, table_of
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
 
@@ -264,7 +264,7 @@ class Outcome:
     says: str = NOT_MEASURED
 
     def __str__(self) -> str:
-        return DASH if not self.new else f"{self.effect:+.1f}" + (f" ± {self.deviation:.1f}" if self.deviation else "")
+        return DASH if not self.new else points(self.effect) + (f" ± {self.deviation:.1f}" if self.deviation else "")
 
 
 def outcome(study: Study, dataset: str, c: Comparison) -> Outcome:
@@ -301,7 +301,7 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
             c.name,
             {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected),
             f"{o}{star(o.new, shown)}",
-            f"{o.low:+.1f} to {o.high:+.1f}" if o.new else DASH,
+            f"{points(o.low)} to {points(o.high)}" if o.new else DASH,
             str(len(o.new)),
             o.says,
         ]
@@ -347,7 +347,7 @@ def summary(study: Study, dataset: str) -> Table:
 def _span(outcomes: Sequence[Outcome], shown: Sequence[Record]) -> str:
     """The lowest and the highest effect, as text."""
     ends = [of(outcomes, key=lambda o: o.effect) for of in (min, max)] if outcomes else []
-    return " to ".join(dict.fromkeys(f"{o.effect:+.1f}{star(o.new, shown)}" for o in ends)) or DASH
+    return " to ".join(dict.fromkeys(f"{points(o.effect)}{star(o.new, shown)}" for o in ends)) or DASH
 
 
 def across(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:

@@ -169,7 +169,7 @@ def compare(
             numbers = [published(method, imbalance) for method in methods]
             columns[head, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
         columns[head, study.kind] = accuracies[cells]
-        columns[head, "ECE"] = [_metric(records, "ece") for records in found[cells]]
+        columns[head, "ECE"] = [_metric(records, "ece") + star(records, shown) for records in found[cells]]
     names = {name: method.title for name, method in METHODS.items()} | (titles or {})
     frame = pd.DataFrame(columns, index=[names[method] for method in methods])
     said = f"{'paper and measured' if beside else study.kind}, with the {study.kind} ECE (%)"
@@ -257,7 +257,7 @@ def table2_gains(
         shown += [record for found in records.values() for record in found]
         if beside:
             numbers = [_published_table2(dataset, method, imbalance) for method in methods]
-            gains = [DASH if new is None else f"{new - old:+.1f}" for old, new in itertools.pairwise(numbers)]
+            gains = [DASH if new is None else points(new - old) for old, new in itertools.pairwise(numbers)]
             columns[f"IF {imbalance:g}", "paper"] = gains
         columns[f"IF {imbalance:g}", study.kind] = [difference(new, old) if new else DASH for new, old in steps]
         columns[f"IF {imbalance:g}", "ECE"] = [_ece_change(new, old) if new else DASH for new, old in steps]
@@ -288,12 +288,18 @@ def difference(new: Sequence[Record], old: Sequence[Record]) -> str:
     """
     right = [np.mean([record.predictions().correct for record in records], axis=0) for records in (new, old)]
     delta = right[0] - right[1]
-    return f"{100 * delta.mean():+z.1f} ± {100 * delta.std(ddof=1) / len(delta) ** 0.5:.1f}"
+    return f"{points(100 * delta.mean())} ± {100 * delta.std(ddof=1) / len(delta) ** 0.5:.1f}"
+
+
+def points(difference: float) -> str:
+    """A difference in points, with its sign. What lies half-way, such as 0.25, has one text wherever it is shown: which
+    way it goes is not left to how it was summed."""
+    return f"{round(difference, 6):+z.1f}"
 
 
 def _ece_change(new: Sequence[Record], old: Sequence[Record]) -> str:
     means = [statistics.mean(record.metrics["ece"] for record in records) for records in (new, old)]
-    return f"{100 * (means[0] - means[1]):+z.1f}"
+    return points(100 * (means[0] - means[1]))
 
 
 def variants(
@@ -327,7 +333,7 @@ def variants(
     frame.columns = pd.MultiIndex.from_tuples((study.kind, c) for c in ("accuracy", "ECE", "NLL", "difference"))
     beside = bool(published) and study.kind != "tiny"
     if beside:
-        said = [f"{published[name]:+.1f}" if name in published else DASH for name in changes]
+        said = [points(published[name]) if name in published else DASH for name in changes]
         frame.insert(0, ("paper", "difference"), said)
     caption = (
         f"{METHODS[method].title} with changes, {title or study.title(dataset)}, IF {imbalance:g}: accuracy, ECE (%), "
@@ -619,7 +625,7 @@ BY_GROUP = {
 def measures(
     study: Study,
     dataset: str,
-    methods: Sequence[str],
+    methods: Sequence[str] | dict[str, tuple[str, dict[str, Any]]],
     imbalance: float | None = 100,
     title: str | None = None,
     columns: dict[str, tuple[str, float, int]] = MEASURES,
@@ -630,23 +636,24 @@ def measures(
     A group that has no classes in any of the runs has no column.
 
     Args:
+        methods: names; or, by the row's title, a method and what the row changes of it.
         imbalance: None is the only one of a dataset of list files, and 100 of others.
         columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`.
         changes: what is changed in every run.
     """
-    asked = [(method, imbalance, changes or {}) for method in methods]
+    runs = methods if isinstance(methods, dict) else {METHODS[method].title: (method, {}) for method in methods}
+    asked = [(method, imbalance, (changes or {}) | own) for method, own in runs.values()]
     measured = study.side_by_side(dataset, asked)
-    found = dict(zip(methods, measured, strict=True))
     shown = [record for records in measured for record in records]
     columns = {key: column for key, column in columns.items() if any(r.metrics[key] is not None for r in shown)}
     rows = {}
-    for method, records in found.items():
+    for name, records in zip(runs, measured, strict=True):
         cells = []
         for key, (_, scale, digits) in columns.items():
             values = [record.metrics[key] for record in records]
             absent = not values or None in values
             cells.append(DASH if absent else f"{scale * statistics.mean(values):.{digits}f}")
-        rows[METHODS[method].title] = cells
+        rows[name] = cells
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, _, _ in columns.values()])
     factor = "" if imbalance is None else f", IF {imbalance:g}"
     units = " NLL in nats, Brier from 0 to 2, the others in %." if "nll" in columns else " In %."
@@ -676,7 +683,7 @@ def selection(
         rows[METHODS[method].title] = [
             f"{100 * last:.1f}",
             DASH if alone else f"{100 * best:.1f}",
-            DASH if alone else f"{100 * (best - last):+z.1f}",
+            DASH if alone else points(100 * (best - last)),
             ", ".join(map(str, epochs)),
         ]
     columns = ["last epoch", "best on the test set", "gain", "epochs looked at"]
@@ -837,7 +844,7 @@ def table1_gains(study: Study, dataset: str, changes: dict[str, Any], title: str
         for pair in TABLE1_GAINS.values():
             if beside:
                 new, old = (paper.TABLE1[setup][changes["backbone"]][place] for setup in pair)
-                published.append(DASH if new is None or old is None else f"{new - old:+z.1f}")
+                published.append(DASH if new is None or old is None else points(new - old))
             runs = [table1_runs(study, dataset, head, *setup) for setup in pair]
             new, old = paired(*(study.runs(dataset, method, None, changes | more) for method, more in runs))
             shown += new + old
@@ -930,7 +937,7 @@ def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMB
             if records and published is not None:
                 shown += records
                 ours = 100 * statistics.mean(record.metrics["accuracy"] for record in records)
-                cells.append(f"{ours - published:+z.1f}")
+                cells.append(points(ours - published))
             else:
                 cells.append(DASH)
         if set(cells) != {DASH}:
@@ -963,7 +970,7 @@ def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float 
     cells = {column: [f"{value:.1f}" for value in values] for column, values in means.items()}
     for name, head in itertools.product(others, heads):
         pairs = zip(means[name, head], means[exact, head], strict=True)
-        cells["difference", head] = [f"{copy - original:+z.1f}" for copy, original in pairs]
+        cells["difference", head] = [points(copy - original) for copy, original in pairs]
     frame = pd.DataFrame(cells, index=[METHODS[method].title for method in known])
     shown = [record for runs in found.values() for method in known for record in runs[method]]
     caption = (
@@ -992,8 +999,8 @@ def two_ways(folder: Path) -> Table:
         name = "{dataset} IF={imbalance:g}, {method}, {epochs} epochs".format(**setting)
         rows[name] = {
             **{way: "{mean:.1f} ± {deviation:.1f} (n={runs})".format(**found[way]) for way in ("usual", "ours")},
-            "difference": f"{found['difference']:+.1f}",
-            "95% interval": "{:+.1f} to {:+.1f}".format(*found["interval"]),
+            "difference": points(found["difference"]),
+            "95% interval": " to ".join(map(points, found["interval"])),
         }
         source = {
             key: ", ".join(sorted({str(run[key])[:10] for run in measured["runs"]}))

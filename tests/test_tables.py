@@ -10,6 +10,7 @@ import pytest
 
 from mislas.errors import MislasError
 from mislas.methods import configure
+from mislas.report import Outcome
 from mislas.study import ALL_OF_THEIRS, LEARNED, Study, authors_variants
 from mislas.tables import (
     BY_GROUP,
@@ -21,6 +22,7 @@ from mislas.tables import (
     learned_on,
     measures,
     paired,
+    points,
     selection,
     shift_remarks,
     shift_sizes,
@@ -59,6 +61,7 @@ def test_beside_the_paper_the_exact_images_come_first_and_others_are_marked(made
     made_up("cifar10", "mislas", right=(1, 1, 1, 1))
     mixed = table3(study, "cifar10", [100], ["ce", "mislas"])
     assert mixed.frame["IF 100", "measured"].tolist() == ["75.0*", "100.0"]
+    assert [cell.count("*") for cell in mixed.frame["IF 100", "ECE"]] == [1, 0]
     assert "Measured on cifar10; where marked *, on cifar10-jpeg" in mixed.caption
     command = "mislas train --dataset cifar10 --imbalance 100 --method ce --data-root DIR"
     assert f"[*] On exact images: `{command} --results-root {made_up.root}`" in mixed.notes
@@ -98,6 +101,14 @@ def test_difference_has_the_standard_error_of_a_paired_difference(made_up):
     old = made_up("cifar10", "crt", right=(1, 0, 1, 1))
     # per image 0, 1, 0, -1: mean 0, standard deviation sqrt(2 / 3), over the root of 4 images
     assert difference([new], [old]) == "+0.0 ± 40.8"
+
+
+def test_half_a_digit_has_one_text_however_it_was_summed():
+    assert [points(sign * (0.25 + noise)) for sign in (1, -1) for noise in (1e-12, -1e-12)] == ["+0.2"] * 2 + [
+        "-0.2"
+    ] * 2
+    assert points(-1e-9) == "+0.0"
+    assert str(Outcome([], [], ["a run"], ["another"], 0.25 + 1e-12)) == "+0.2"
 
 
 def test_difference_averages_seeds_image_by_image(made_up):
@@ -238,6 +249,16 @@ def test_measures_leave_out_a_group_without_classes(made_up):
     other.metrics["accuracy_few"] = 0.5
     frame = measures(study, "cifar10", ["ce", "mixup"], columns=BY_GROUP).frame
     assert frame["accuracy, few"].tolist() == ["–", "50.0"]
+
+
+def test_rows_of_measures_may_have_changes_and_titles_of_their_own(made_up):
+    made_up("cifar10", "mislas", right=(1, 0))
+    made_up("cifar10", "mislas", right=(1, 1), changes={"shift_bn": False})
+    rows = {"shifted": ("mislas", {}), "left alone": ("mislas", {"shift_bn": False})}
+    rows["smoother"] = ("mislas", {"eps_1": 0.5})
+    table = measures(Study(results_root=made_up.root), "cifar10", rows, columns={"accuracy": ("accuracy", 100, 1)})
+    assert table.frame["accuracy"].to_dict() == {"shifted": "50.0", "left alone": "100.0", "smoother": "–"}
+    assert "--set eps_1=0.5" in table.notes[0]
 
 
 def test_learned_on_has_a_cell_for_each_run_and_names_what_is_missing(made_up):

@@ -298,16 +298,16 @@ def claim_table(study: Study, dataset: str, claim: Claim) -> Table:
     shown = _shown(outcomes)
     cells = [
         [
+            o.says,
             c.name,
             {"same": f"within {SMALL:g}", "no more": f"not above {SMALL:g}"}.get(c.expected, c.expected),
             f"{o}{star(o.new, shown)}",
             f"{points(o.low)} to {points(o.high)}" if o.new else DASH,
             str(len(o.new)),
-            o.says,
         ]
         for c, o in zip(claim.comparisons, outcomes, strict=True)
     ]
-    columns = ["measure", "claimed", study.kind, "95% interval", "runs each", "verdict"]
+    columns = ["verdict", "measure", "claimed", study.kind, "95% interval", "runs each"]
     frame = pd.DataFrame(cells, index=[c.title for c in claim.comparisons], columns=columns)
     caption = f"{claim.name}, {study.title(dataset)}, IF 100: differences in points, bootstrap over the test images."
     return table_of(study, frame, caption, _missing(study, dataset, outcomes), shown, beside=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from .data import LongTailed
 from .errors import MislasError
 from .evaluate import predict
 from .losses import check_counts, class_balanced_mean
-from .train import Options, Trained, batches_of, forward, plain_images, progress_bar
+from .train import Options, Trained, forward, plain_images, shift_statistics
 
 TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit adjustment: 0, 0.1, ..., 2
 
@@ -115,7 +114,7 @@ def adjust(
     if first.stage1.holdout is not None:
         train, held = data.hold_out(first.stage1.holdout)
     if first.stage2.shift_epochs:
-        shift_statistics(configs, network, train, options)
+        shift_statistics(configs, network, forward(network, first, options), train, options)
 
     def features_of(which: Tensor) -> Tensor:
         return predict(network, [nn.Identity()], plain_images(data, options, which))[0]
@@ -143,20 +142,3 @@ def adjust(
         heads.append(head.to(device))
         histories.append([{"epoch": 0} | ({} if value is None else {"value": round(value, 6)})])
     return Trained(network, heads, histories, time.monotonic() - started)
-
-
-def shift_statistics(configs: Sequence[RunConfig], network: nn.Module, data: LongTailed, options: Options) -> None:
-    """Move batch norm's running statistics over unmixed batches, class-balanced unless ``stage2.shift_sampler`` names
-    other ones; weights stay (paper, section 3.3)."""
-    config = configs[0]
-    epochs = config.stage2.shift_epochs
-    plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
-    batches = batches_of(data, plain, "shift", config.seed, options)
-    features_of = forward(network, config, options)
-    network.train()
-    with torch.no_grad(), progress_bar(configs, "shift", epochs * len(data.train_targets), options) as bar:
-        for epoch in range(epochs):
-            for batch in batches.epoch(epoch, config.stage2.shift_sampler or "class_balanced"):
-                features_of(batch)
-                bar.update(len(batch.targets))
-    network.eval()

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from . import paper
-from .config import Adjustment, RunConfig
+from .config import RunConfig
 from .data import LISTS, dataset_name, smallest_class, spec_of, training_images
 from .errors import MislasError
 from .methods import SETTINGS, configure
@@ -101,8 +101,8 @@ def wanted(
 
 
 def _runs(rows: Rows) -> list[tuple[str, dict[str, Any]]]:
-    """The runs of rows such as :data:`mislas.study.LEARNED` has, without the blanks."""
-    return [run for row in rows.values() for run in row if run]
+    """The runs of rows such as :data:`mislas.study.LEARNED` has."""
+    return [run for row in rows.values() for run in row]
 
 
 def _large(dataset: str) -> list[tuple[str, dict[str, Any]]]:
@@ -166,10 +166,9 @@ def jobs(configs: Iterable[RunConfig], store: Store) -> list[Job]:
 
 
 def _epochs(config: RunConfig) -> int:
-    """Passes over the training images; a rule looks at them once, whatever it shifts."""
-    if isinstance(config.stage2, Adjustment):
-        return 1 + (config.stage2.shift_epochs or 0)
-    return (config.stage2 or config.stage1).epochs
+    """Passes over the training images, those that shift batch norm included; a rule looks at them once more."""
+    stage = config.stage2 or config.stage1
+    return getattr(stage, "epochs", 1) + (getattr(stage, "shift_epochs", None) or 0)
 
 
 def _images(config: RunConfig) -> int:

@@ -121,6 +121,7 @@ class Stage2(Sgd):
         loss: name in :data:`mislas.losses.LOSSES`: ``"las"`` is label-aware smoothing, equation (1).
         eps_1, eps_k, form, power, smoothing_over: of label-aware smoothing; see :mod:`mislas.losses`.
         shift_bn: whether the running mean and variance of batch norm are updated (section 3.3).
+        shift_epochs, shift_sampler: as in :class:`Adjustment`: what moves them before the classifier is learned.
         mixup: as in :class:`Stage1`.
     """
 
@@ -137,6 +138,8 @@ class Stage2(Sgd):
     power: float | None = None
     smoothing_over: str | None = None
     shift_bn: bool = False
+    shift_epochs: int | None = None
+    shift_sampler: str | None = None
     mixup: float | None = None
 
 
@@ -320,7 +323,7 @@ class RunConfig:
             return f"{self.stage1_only.id}:adjust,{self.stage2.shift_epochs},{self.stage2.shift_sampler}"
         if not isinstance(self.stage2, Stage2):
             return self.id
-        keys = ("epochs", "batch_size", "sampler", "shift_bn", "mixup")
+        keys = ("epochs", "batch_size", "sampler", "shift_bn", "shift_epochs", "shift_sampler", "mixup")
         return f"{self.stage1_only.id}:" + ",".join(str(getattr(self.stage2, key)) for key in keys)
 
     def to_json(self) -> dict[str, Any]:
@@ -559,6 +562,17 @@ def _check_stage2(stage: Stage2) -> None:
         check_smoothing(stage.eps_1, stage.eps_k, stage.form, stage.power)
         if stage.smoothing_over not in SMOOTHING:
             unknown("stage2.smoothing_over", stage.smoothing_over, SMOOTHING)
+    _check_shift(stage)
+
+
+def _check_shift(stage: Stage2 | Adjustment) -> None:
+    if stage.shift_epochs is not None and stage.shift_epochs < 1:
+        raise MislasError(f"stage2.shift_epochs must be at least 1, or null for no shift, got {stage.shift_epochs!r}")
+    if stage.shift_sampler is not None:
+        if stage.shift_sampler not in SAMPLERS:
+            unknown("stage2.shift_sampler", stage.shift_sampler, SAMPLERS)
+        if stage.shift_epochs is None:
+            raise MislasError("stage2.shift_sampler says which images shift batch norm: set stage2.shift_epochs, too")
 
 
 def _check_few_shot(stage: FewShot) -> None:
@@ -585,13 +599,7 @@ def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:
         )
     if stage.value is None and stage.rule != "ncm" and stage1.holdout is None:
         raise MislasError(f"{stage.rule!r} chooses its value on held-out images: set stage1.holdout, or stage2.value")
-    if stage.shift_epochs is not None and stage.shift_epochs < 1:
-        raise MislasError(f"stage2.shift_epochs must be at least 1, or null for no shift, got {stage.shift_epochs!r}")
-    if stage.shift_sampler is not None:
-        if stage.shift_sampler not in SAMPLERS:
-            unknown("stage2.shift_sampler", stage.shift_sampler, SAMPLERS)
-        if stage.shift_epochs is None:
-            raise MislasError("stage2.shift_sampler says which images shift batch norm: set stage2.shift_epochs, too")
+    _check_shift(stage)
 
 
 def _without_none(value: Any) -> Any:

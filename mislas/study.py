@@ -66,7 +66,7 @@ DRAWN = BALANCED | {"shift_sampler": "instance_balanced"}
 NO_SMOOTHING = {"eps_1": 0.0, "eps_k": 0.0}
 
 
-Rows = dict[str, list[tuple[str, dict[str, Any]] | None]]
+Rows = dict[str, list[tuple[str, dict[str, Any]]]]
 
 
 def _rules(end: str) -> Rows:
@@ -80,18 +80,22 @@ def _rules(end: str) -> Rows:
 def _learned(end: str) -> Rows:
     """Rows of :data:`LEARNED` that every Stage-1 has, for methods whose names end so."""
     return _rules(end) | {
-        "a scale per class (LWS)": [(f"lws{end}", {}), None, (f"lws{end}+shift", {})],
-        "a new classifier (cRT)": [(f"crt{end}", {}), None, (f"crt{end}+shift", {})],
+        "a scale per class (LWS)": [(f"lws{end}", {}), (f"lws{end}", DRAWN), (f"lws{end}+shift", {})],
+        "a new classifier (cRT)": [(f"crt{end}", {}), (f"crt{end}", DRAWN), (f"crt{end}+shift", {})],
     }
 
 
+LEFT = {"shift_bn": False}
+
 #: By Stage-1 and by what Stage-2 learns on it: the run, as (method, changes), with each of the three
-#: :data:`STATISTICS`. What learns on class-balanced batches shifts on them, too.
+#: :data:`STATISTICS`.
 LEARNED = {
     "Stage-1 with mixup": _learned("+mixup")
     | {
-        "scales and ΔW": [("mislas", NO_SMOOTHING | {"shift_bn": False}), None, ("mislas", NO_SMOOTHING)],
-        "scales and ΔW, smoothed (MiSLAS)": [("mislas", {"shift_bn": False}), None, ("mislas", {})],
+        "scales and ΔW": [
+            ("mislas", changes) for changes in (NO_SMOOTHING | LEFT, NO_SMOOTHING | LEFT | DRAWN, NO_SMOOTHING)
+        ],
+        "scales and ΔW, smoothed (MiSLAS)": [("mislas", changes) for changes in (LEFT, LEFT | DRAWN, {})],
     },
     "Stage-1 without mixup": _learned(""),
 }

@@ -396,10 +396,11 @@ def learned_on(
     title: str | None = None,
     changes: dict[str, Any] | None = None,
 ) -> Table:
-    """Accuracy over all, medium and few classes, where there are such: what Stage-2 learns in rows, on what in columns.
+    """Accuracy over all, medium and few classes, where there are such, and ECE: what Stage-2 learns in rows, on what in
+    columns.
 
     Args:
-        rows: for each of ``columns`` a run, as (method, changes), or None for none. See :data:`mislas.study.LEARNED`.
+        rows: for each of ``columns`` a run, as (method, changes). See :data:`mislas.study.LEARNED`.
         columns: their titles.
         title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
         changes: what is changed in every run.
@@ -408,22 +409,19 @@ def learned_on(
         (name, column): (run[0], imbalance, (changes or {}) | run[1])
         for name, row in rows.items()
         for column, run in zip(columns, row, strict=True)
-        if run
     }
     runs = list(asked.values())
     measured = study.side_by_side(dataset, runs)
     found = dict(zip(asked, measured, strict=True))
     shown = [record for records in measured for record in records]
-    known = [g for g in ("all", "medium", "few") if any(r.metrics[GROUP_METRICS[g]] is not None for r in shown)]
+    heads = {group: GROUP_METRICS[group] for group in ("all", "medium", "few")} | {"ECE": "ece"}
+    known = [head for head, key in heads.items() if any(record.metrics[key] is not None for record in shown)]
     cells = {}
-    for column, group in itertools.product(columns, known):
-        cells[column, group] = [
-            _metric(found.get((name, column), []), GROUP_METRICS[group], "not measured" * ((name, column) in asked))
-            for name in rows
-        ]
+    for column, head in itertools.product(columns, known):
+        cells[column, head] = [_metric(found[name, column], heads[head], "not measured") for name in rows]
     frame = pd.DataFrame(cells, index=list(rows))
     caption = (
-        f"Top-1 accuracy (%), {title or study.title(dataset)}, IF {imbalance:g}: "
+        f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}, IF {imbalance:g}: "
         "by what Stage-2 learns, and by batch norm's statistics."
     )
     return table_of(study, frame, caption, missing_notes(study, dataset, runs, measured), shown)

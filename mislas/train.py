@@ -12,7 +12,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -511,6 +511,8 @@ def train_stage2(
         objectives.append(Objective(s, data.class_counts, device))
     batches = batches_of(data, first.stage2, "stage2", first.seed, options)
     features_of = forward(network, first, options)
+    if first.stage2.shift_epochs:
+        shift_statistics(configs, network, features_of, data, options)
 
     def on_frozen_features(epoch: int) -> Iterator[list[Tensor]]:
         for batch in batches.epoch(epoch):
@@ -523,6 +525,33 @@ def train_stage2(
         data, options, checkpoint, evaluate,
         train_mode=first.stage2.shift_bn,
     ))  # fmt: skip
+
+
+def shift_statistics(
+    configs: Sequence[RunConfig],
+    network: nn.Module,
+    features_of: Callable[..., Tensor],
+    data: LongTailed,
+    options: Options,
+) -> None:
+    """Move batch norm's running statistics over unmixed batches, class-balanced unless ``stage2.shift_sampler`` names
+    other ones; weights stay (paper, section 3.3).
+
+    Args:
+        configs: runs with equal :attr:`RunConfig.shared_pass`, whose ``stage2`` has ``shift_epochs``.
+        features_of: what sends a batch through ``network``; see :func:`forward`.
+    """
+    config = configs[0]
+    epochs = config.stage2.shift_epochs
+    plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
+    batches = batches_of(data, plain, "shift", config.seed, options)
+    network.train()
+    with torch.no_grad(), progress_bar(configs, "shift", epochs * len(data.train_targets), options) as bar:
+        for epoch in range(epochs):
+            for batch in batches.epoch(epoch, config.stage2.shift_sampler or "class_balanced"):
+                features_of(batch)
+                bar.update(len(batch.targets))
+    network.eval()
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:

@@ -181,7 +181,7 @@ def test_shifted_statistics_are_those_of_the_sampled_images(digits, held, option
 def test_statistics_are_shifted_on_images_that_are_not_mixed(digits, held, options, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "mislas.adjust.batches_of", lambda data, stage, *rest: seen.append(stage) or batches_of(data, stage, *rest)
+        "mislas.train.batches_of", lambda data, stage, *rest: seen.append(stage) or batches_of(data, stage, *rest)
     )
     config = configure("digits", "ncm+mixup+shift", 50, overrides={"epochs": 6, "holdout": 0.1, "shift_epochs": 1})
     adjust([config], copy.deepcopy(held), digits, options)

@@ -267,22 +267,23 @@ def test_learned_on_has_a_cell_for_each_run_and_names_what_is_missing(made_up):
     records["ncm"].metrics.update(accuracy=0.75, accuracy_medium=None, accuracy_few=None)
     study = Study(results_root=made_up.root)
     study.side_by_side = lambda dataset, asked: [[records[m]] if m in records else [] for m, *_ in asked]
-    rows = {"scales": [("lws", {}), ("lws+shift", {})], "means": [("ncm", {}), None]}
+    rows = {"scales": [("lws", {}), ("lws+shift", {})], "means": [("ncm", {}), ("ncm+shift", {})]}
     table = learned_on(study, "cifar10", rows, ("old", "new"))
-    assert table.frame.columns.tolist() == [(c, g) for c in ("old", "new") for g in ("all", "medium")]
-    assert table.frame.loc["scales"].tolist() == ["50.0", "25.0", "not measured", "not measured"]
-    assert table.frame.loc["means"].tolist() == ["75.0", "–", "", ""]
-    assert "--method lws+shift" in table.notes[0]
+    assert table.frame.columns.tolist() == [(c, g) for c in ("old", "new") for g in ("all", "medium", "ECE")]
+    assert table.frame.loc["scales"].tolist() == ["50.0", "25.0", "10.0"] + ["not measured"] * 3
+    assert table.frame.loc["means"].tolist() == ["75.0", "–", "10.0"] + ["not measured"] * 3
+    assert "--method lws+shift ncm+shift" in table.notes[0]
 
 
 @pytest.mark.parametrize("columns", list(LEARNED.values()), ids=list(LEARNED))
 def test_runs_of_a_row_differ_in_batch_norm_alone(columns):
     for row in columns.values():
-        configs = [configure("cifar10", method, overrides=changes) for method, changes in filter(None, row)]
+        configs = [configure("cifar10", method, overrides=changes) for method, changes in row]
         cleared = []
         for config in configs:
-            rule = hasattr(config.stage2, "rule")
-            off = {"shift_epochs": None, "shift_sampler": None} if rule else {"shift_bn": False}
+            off = {"shift_epochs": None, "shift_sampler": None}
+            if not hasattr(config.stage2, "rule"):
+                off["shift_bn"] = False
             cleared.append(replace(config, stage2=replace(config.stage2, **off), method=""))
         assert len({config.id for config in configs}) == len(configs)
         assert len({config.id for config in cleared}) == 1

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mislas.train
+from mislas.adjust import adjust
 from mislas.augment import Images
 from mislas.data import load
 from mislas.errors import Diverged, MislasError, RecordError
@@ -458,6 +459,18 @@ def test_with_shift_only_the_running_statistics_change(digits, options, stage1):
     for name, value in stage1[0].state_dict().items():
         moved = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert torch.equal(value, before[name]) == (not moved), name
+
+
+def test_statistics_that_are_shifted_first_stay_while_the_classifier_learns(digits, options, stage1):
+    """As a rule leaves them that shifts alike; and no batch of the classifier's moves them on."""
+    changes = {"shift_epochs": 1, "shift_sampler": "instance_balanced"}
+    moved = copy.deepcopy(stage1)
+    adjust([digits_config("logit-adjustment", **changes)], moved, digits, options)
+    before = snapshot(stage1[0])
+    configs = [digits_config(method, **changes, **{"stage2.epochs": 2}) for method in ("crt", "lws")]
+    train_stage2(configs, stage1, digits, options)
+    assert not torch.equal(stage1[0].bn.running_mean, before["bn.running_mean"])
+    assert_equal(stage1[0].state_dict(), moved[0].state_dict())
 
 
 def test_shifted_statistics_are_the_exponential_average_over_batches(digits, options, stage1):

@@ -17,7 +17,7 @@ from . import paper
 from .config import RunConfig
 from .data import LISTS, dataset_name, smallest_class, spec_of, training_images
 from .errors import MislasError
-from .methods import SETTINGS, configure
+from .methods import configure, settings_of
 from .runs import Store, plan, run
 from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows, authors_variants, balanced
 from .train import Options, OutOfTime
@@ -110,7 +110,7 @@ def _large(dataset: str) -> list[tuple[str, dict[str, Any]]]:
     rows = [(method, {}) for method in ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws")]
     rows += [(method, {}) for method in paper.TABLE4.get(dataset, ())]
     rows += [(method, {}) for method in {"inaturalist18": paper.TABLE7, "places-lt": paper.TABLE8}.get(dataset, ())]
-    heads, mixed = ("crt", "lws", "crt+mixup", "lws+mixup"), {"stage2.mixup": SETTINGS[dataset].mixup}
+    heads, mixed = ("crt", "lws", "crt+mixup", "lws+mixup"), {"stage2.mixup": settings_of(dataset).mixup}
     if dataset == "tinyimagenet64":
         rows = [(method, SHORT) for method in ("ce", "mixup", *heads, "mislas")]
         rows += [(method, SHORT | mixed) for method in heads]

@@ -52,10 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for data that fail a check, 2 after an error that the
     user can mend, or 130 if stopped."""
     arguments = _parser().parse_args(argv)
-    first = int(os.environ.get("RANK", 0)) == 0  # of the processes that train together
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     warnings.showwarning = lambda message, *_: first and print(f"mislas: warning: {message}", file=sys.stderr)
     try:
-        with distributed.started(), contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
+        together = distributed.started() if arguments.call in (_train, _campaign) else contextlib.nullcontext()
+        with together, contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
             return arguments.call(arguments) or 0
     except MislasError as error:
         if not first:

@@ -71,6 +71,8 @@ class Resources:
             raise MislasError(f"--gpus must be at least 0, got {self.gpus}")
         if self.nodes < 1:
             raise MislasError(f"--nodes must be at least 1, got {self.nodes}")
+        if self.processors is not None and self.processors < 1:
+            raise MislasError(f"processors must be at least 1, got {self.processors}")
         if self.tasks % self.nodes:
             raise MislasError(
                 f"--gpus is of the whole job, and {self.gpus} cannot be shared by {self.nodes} nodes evenly"
@@ -296,9 +298,9 @@ def share(slot: int, at_once: int, tasks: int, gpus: int) -> tuple[int | None, s
         gpus: GPUs that a job asks for.
 
     Returns:
-        Threads, or None for one job at a time; and names of GPUs, such as ``"2,3"``, or None if there are none.
+        Threads, or None for a single process; and names of GPUs, such as ``"2,3"``, or None if there are none.
     """
-    threads = max(1, torch.get_num_threads() // (at_once * tasks)) if at_once > 1 else None
+    threads = max(1, torch.get_num_threads() // (at_once * tasks)) if at_once * tasks > 1 else None
     names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
     have = [name for name in names.split(",") if name]
     dealt = dict.fromkeys(have[(slot * gpus + i) % len(have)] for i in range(gpus)) if have else {}

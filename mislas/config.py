@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -275,7 +276,7 @@ class RunConfig:
         full.pop("method")
         return _without_none(full)
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """Identity: 12 hex digits of the SHA-256 of the canonical JSON."""
         text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
@@ -454,14 +455,17 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
+_POSITIVE = {"epochs", "batch_size", "lr", "delta_lr", "backbone_lr", "max_margin", "scale", "remix_kappa", "remix_tau"}
+_NOT_NEGATIVE = {"momentum", "weight_decay", "warmup", "gamma", "adjustment", "metric_weight", "centroid_weight"}
+
+
 def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
-    """What every stage with gradients has: optimiser, schedule, sampler, loss."""
-    for key in ("epochs", "batch_size", "lr"):
-        if not 0 < getattr(stage, key) < math.inf:
-            raise MislasError(f"{name}.{key} must be > 0 and finite, got {getattr(stage, key)!r}")
-    for key in ("momentum", "weight_decay"):
-        if not getattr(stage, key) >= 0:
-            raise MislasError(f"{name}.{key} must be >= 0, got {getattr(stage, key)!r}")
+    """What every stage with gradients has: numbers in their ranges, optimiser, schedule, sampler, loss."""
+    for key, value in vars(stage).items():
+        high = 1 if key == "momentum" else math.inf
+        low = "> 0" if key in _POSITIVE else ">= 0" if key in _NOT_NEGATIVE else None
+        if low and value is not None and not (0 <= value < high and (value or low == ">= 0")):
+            raise MislasError(f"{name}.{key} must be {low} and {'< 1' if high == 1 else 'finite'}, got {value!r}")
     if stage.mixup is not None and not 0 < stage.mixup < math.inf:
         raise MislasError(f"{name}.mixup is alpha > 0, or null for no mixup, got {stage.mixup!r}")
     if stage.schedule not in SCHEDULES:
@@ -494,12 +498,6 @@ def _check_n_max(config: RunConfig) -> None:
 
 
 def _check_stage1(stage: Stage1) -> None:
-    for key in ("gamma", "adjustment"):
-        if getattr(stage, key) is not None and not getattr(stage, key) >= 0:
-            raise MislasError(f"stage1.{key} must be >= 0, got {getattr(stage, key)!r}")
-    for key in ("max_margin", "scale", "remix_kappa", "remix_tau"):
-        if getattr(stage, key) is not None and not getattr(stage, key) > 0:
-            raise MislasError(f"stage1.{key} must be > 0, got {getattr(stage, key)!r}")
     if stage.beta is not None and not 0 <= stage.beta < 1:
         raise MislasError(f"stage1.beta, of the effective number, must be in [0, 1), got {stage.beta!r}")
     if stage.mix is not None and stage.mix not in MIXES:
@@ -520,14 +518,16 @@ def _check_stage1(stage: Stage1) -> None:
         raise MislasError("stage1.defer needs beta or deferred_sampler to defer, and deferred_sampler needs defer")
     if stage.second_sampler is not None and stage.mixup is not None:
         raise MislasError("two branches mix features in place of images: stage1.mixup must be null")
+    if stage.second_sampler is not None and stage.weights is not None:
+        raise MislasError("two branches start from random weights: stage1.weights must be null")
     if stage.weights is not None and not re.fullmatch("[0-9a-f]{8}", stage.weights):
         raise MislasError(
             f"stage1.weights is the first 8 hex digits of the SHA-256 of a file of weights, got {stage.weights!r}"
         )
     if stage.metric is not None and stage.metric not in METRICS:
         unknown("stage1.metric", stage.metric, METRICS)
-    if (stage.metric is None) != (stage.metric_weight is None) or (stage.metric and not stage.metric_weight >= 0):
-        raise MislasError(f"stage1.metric_weight >= 0 goes with metric and only with it, got {stage.metric_weight!r}")
+    if (stage.metric is None) != (stage.metric_weight is None):
+        raise MislasError(f"stage1.metric_weight goes with metric and only with it, got {stage.metric_weight!r}")
     if stage.metric is not None and (stage.mixup is not None or stage.second_sampler is not None):
         raise MislasError(
             "stage1.metric compares images of one class each: stage1.mixup and stage1.second_sampler must be null"
@@ -556,8 +556,8 @@ def _check_stage2(stage: Stage2) -> None:
         unknown("stage2.delta", stage.delta, DELTAS)
     if stage.delta is None and not (stage.a and stage.learn_scale):
         raise MislasError("stage2 learns nothing, or from nothing: set delta, or a=1 and learn_scale=true")
-    if (stage.delta is None) != (stage.delta_lr is None) or (stage.delta_lr is not None and stage.delta_lr <= 0):
-        raise MislasError(f"stage2.delta_lr > 0 goes with delta and only with it, got {stage.delta_lr!r}")
+    if (stage.delta is None) != (stage.delta_lr is None):
+        raise MislasError(f"stage2.delta_lr goes with delta and only with it, got {stage.delta_lr!r}")
     if stage.loss == "las":
         check_smoothing(stage.eps_1, stage.eps_k, stage.form, stage.power)
         if stage.smoothing_over not in SMOOTHING:
@@ -581,10 +581,6 @@ def _check_few_shot(stage: FewShot) -> None:
 
 
 def _check_memory(stage: Memory) -> None:
-    if not stage.centroid_weight >= 0:
-        raise MislasError(f"stage2.centroid_weight must be >= 0, got {stage.centroid_weight!r}")
-    if stage.backbone_lr is not None and not stage.backbone_lr > 0:
-        raise MislasError(f"stage2.backbone_lr must be > 0, or null to freeze the backbone, got {stage.backbone_lr!r}")
     if stage.attention and stage.backbone_lr is None:
         raise MislasError("stage2.attention is learned with the backbone: set stage2.backbone_lr, or attention=false")
 
@@ -592,7 +588,8 @@ def _check_memory(stage: Memory) -> None:
 def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:
     if stage.rule not in RULES:
         unknown("stage2.rule", stage.rule, RULES)
-    if stage.value is not None and (stage.rule == "ncm" or not stage.value >= (stage.rule == "temperature") * 1e-3):
+    least = 1e-3 if stage.rule == "temperature" else 0
+    if stage.value is not None and (stage.rule == "ncm" or not least <= stage.value < math.inf):
         raise MislasError(
             f"stage2.value is tau >= 0 of 'tau_norm' and 'logit_adjustment', or the temperature >= 0.001; "
             f"got {stage.value!r} for {stage.rule!r}"

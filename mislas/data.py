@@ -341,6 +341,7 @@ def load(
         MislasError: unknown name, or IF < 1.
     """
     name = dataset_name(name)
+    data_root = None if data_root is None else Path(data_root).expanduser()
     if name in LISTS:
         from .lists import load_from  # here: it imports this module
 
@@ -492,18 +493,19 @@ def cache_dir() -> Path:
 
 
 def _find_place(name: str, root: Path) -> Path:
-    """The tree's folder or archive."""
-    for folder in (root / name, root):
-        if (folder / "train").is_dir() and (folder / "test").is_dir():
-            return folder
+    """The tree's folder or archive; the root itself, if it is a tree of as many classes."""
+    if all((root / name / split).is_dir() for split in ("train", "test")):
+        return root / name
     archives = [root / f"{name}{suffix}" for suffix in (".tar.xz", ".tar.gz", ".tar")]
     archive = next((path for path in archives if path.is_file()), None)
-    if archive is None:
-        raise DataError(
-            f"no images for {name!r} under {root}: expected {name}/train/<class>/* and {name}/test/<class>/*, "
-            f"or one of {', '.join(p.name for p in archives)}"
-        )
-    return archive
+    if archive is not None:
+        return archive
+    if all(len(list((root / split).glob("[!.]*/"))) == SPECS[name].num_classes for split in ("train", "test")):
+        return root
+    raise DataError(
+        f"no images for {name!r} under {root}: expected {name}/train/<class>/* and {name}/test/<class>/*, "
+        f"or one of {', '.join(p.name for p in archives)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -532,7 +534,7 @@ def _find_tree(name: str, root: Path) -> _Tree:
         with tarfile.open(place) as tar:
             for member in tar:
                 name = member.name.removeprefix("./")
-                if member.isfile() and "/." not in name:
+                if member.isfile() and "/." not in name and name.startswith(("train/", "test/")):
                     yield name, tar.extractfile(member).read()
         if place.suffix == ".tar":  # compression notices a cut; tarfile takes a plain tar that is cut for a shorter one
             with place.open("rb") as handle:

@@ -60,7 +60,13 @@ def started() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    store, which, of = next(dist.rendezvous("env://"))
+    try:
+        store, which, of = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise MislasError(
+            f"WORLD_SIZE says that {os.environ['WORLD_SIZE']} processes train together, but "
+            f"{' '.join(str(error).split())}; start them by torchrun, or unset WORLD_SIZE"
+        ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # addresses of processes that died may still be there
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",

@@ -74,7 +74,8 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, n_bins: int = BINS,
         confidence: probability of the predicted class, 0..1, ``(N,)``.
         correct: whether the prediction is right, ``(N,)``.
         n_bins: number of bins, at least 1.
-        adaptive: bins of equal count (their limits are quantiles) in place of equal width.
+        adaptive: bins of equal count in place of equal width. Their limits are quantiles, so equal confidences share
+            a bin.
 
     Raises:
         MislasError: empty or mismatched input, or a confidence outside 0..1.

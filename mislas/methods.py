@@ -365,6 +365,17 @@ THE_PAPER: dict[str, Method] = {
 METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | MEMORY | AFTER_TRAINING | THE_PAPER
 
 
+def settings_of(dataset: str) -> Settings:
+    """What :data:`SETTINGS` has of a dataset.
+
+    Raises:
+        UnknownName: nothing.
+    """
+    if dataset not in SETTINGS:
+        raise UnknownName(f"no settings to train {dataset} with: add an entry to mislas.methods.SETTINGS")
+    return SETTINGS[dataset]
+
+
 def configure(
     dataset: str,
     method: str,
@@ -387,9 +398,7 @@ def configure(
     dataset = dataset_name(dataset)
     if method not in METHODS:
         unknown("method", method, METHODS)
-    if dataset not in SETTINGS:
-        raise UnknownName(f"no settings to train {dataset} with: add an entry to mislas.methods.SETTINGS")
-    settings, recipe = SETTINGS[dataset], METHODS[method]
+    settings, recipe = settings_of(dataset), METHODS[method]
     if imbalance is None:
         imbalance = LISTS[dataset].imbalance if dataset in LISTS else 100
     ours = {

@@ -168,16 +168,8 @@ class ImageBatches:
         self.mean, self.std = (
             torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (spec.mean, spec.std)
         )
-        workers = distributed.processors() if workers is None else workers
-        self._work: list[list[tuple[int, int]]] = []  # what the workers do next: the loader reads it anew every epoch
-        self._loader = DataLoader(
-            _Decoder(images, spec.size),
-            batch_sampler=self._work,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            persistent_workers=workers > 0,
-            pin_memory=self.device.type == "cuda",
-        )
+        self.workers = distributed.processors() if workers is None else workers
+        self._idle: list[tuple[list, DataLoader]] = []  # not read from now; two epochs at once take two
 
     def __len__(self) -> int:
         """Images of the list, not of this rank."""
@@ -221,21 +213,38 @@ class ImageBatches:
 
     def _decoded(self, index: np.ndarray, seeds: np.ndarray) -> Iterator[tuple[Tensor, slice]]:
         parts = [slice(*piece) for piece in self.pieces]
-        self._work[:] = [list(zip(index[part].tolist(), seeds[part].tolist(), strict=True)) for part in parts]
-        decoded = iter(self._loader)
-        for part in parts:
-            try:
-                crops = next(decoded)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise MislasError(
-                    f"a process that decodes images died ({str(error).splitlines()[0]}); give this machine more shared "
-                    "memory (docker run --shm-size), or use fewer workers"
-                ) from error
-            if isinstance(crops, str):
-                raise DataError(crops)
-            yield crops.to(self.device, non_blocking=True), part
+        work, loader = self._idle.pop() if self._idle else self._new_loader()
+        work[:] = [list(zip(index[part].tolist(), seeds[part].tolist(), strict=True)) for part in parts]
+        try:
+            decoded = iter(loader)
+            for part in parts:
+                try:
+                    crops = next(decoded)
+                except RuntimeError as error:
+                    if "DataLoader worker" not in str(error):
+                        raise
+                    raise MislasError(
+                        f"a process that decodes images died ({str(error).splitlines()[0]}); give this machine more "
+                        "shared memory (docker run --shm-size), or use fewer workers"
+                    ) from error
+                if isinstance(crops, str):
+                    raise DataError(crops)
+                yield crops.to(self.device, non_blocking=True), part
+        finally:
+            self._idle.append((work, loader))
+
+    def _new_loader(self) -> tuple[list[list[tuple[int, int]]], DataLoader]:
+        """What the workers are to do, read anew at the start of every epoch; and what has them do it."""
+        work: list[list[tuple[int, int]]] = []
+        loader = DataLoader(
+            _Decoder(self.images, self.spec.size),
+            batch_sampler=work,
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
+        return work, loader
 
     def _normalised(self, images: Tensor) -> Tensor:
         return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)

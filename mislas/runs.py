@@ -215,8 +215,9 @@ class Store:
 
 
 def group_id(runs: Sequence[str]) -> str:
-    """What the checkpoint of runs that train together is called by: one's identity, or 12 hex digits for several."""
-    return runs[0] if len(runs) == 1 else hashlib.sha256("".join(runs).encode()).hexdigest()[:12]
+    """What the checkpoint of runs that train together is called by: one's identity, or 12 hex digits for several,
+    in whatever order they are asked for."""
+    return runs[0] if len(runs) == 1 else hashlib.sha256("".join(sorted(runs)).encode()).hexdigest()[:12]
 
 
 def read_weights(content: bytes, run: str, path: Path) -> dict[str, torch.Tensor]:
@@ -298,7 +299,7 @@ def _check_types(content: dict[str, Any]) -> None:
 
 def run(
     configs: RunConfig | Iterable[RunConfig],
-    store: Store,
+    store: Store | str | os.PathLike,
     data_root: str | os.PathLike | None = None,
     options: Options | None = None,
     download: bool = False,
@@ -318,7 +319,8 @@ def run(
             one that holds images out of classes of one: nothing was trained.
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
-    options = options or Options()
+    store, options = store if isinstance(store, Store) else Store(store), options or Options()
+    data_root = None if data_root is None else Path(data_root).expanduser()
     for config in configs:
         check_classes(config)
     check_together(options, distributed.world())
@@ -471,6 +473,7 @@ def _run_group(
     data_root: str | os.PathLike | None,
     options: Options,
 ) -> None:
+    group = sorted(group, key=lambda config: config.id)  # in their checkpoint's order
     first, test = group[0], plain_images(data, options)
     checkpoint, along_the_way = store.checkpoint(group), _along_the_way(data, test)
     if first.stage2 is None:
@@ -514,6 +517,7 @@ def finish(
         return
     if group[0].stage2 is None:
         store.put_weights(group[0], trained.backbone, trained.heads[0])
+    done = []  # all are worked out before the first is stored: of a group that is stored in part the rest trains anew
     for config, head, logits, history in zip(group, trained.heads, outputs, trained.histories, strict=True):
         metrics, predictions = summarise(logits, data.test_targets, data.groups)
         history[-1]["test_accuracy"] = round(metrics["accuracy"], 4)
@@ -528,7 +532,9 @@ def finish(
             "class_counts": np.array(data.class_counts, np.int32),
             **statistics,
         }
-        store.put(config, metrics, history, arrays, source)
+        done.append((config, metrics, history, arrays))
+    for run_done in done:
+        store.put(*run_done, source)
     store.checkpoint(group).unlink(missing_ok=True)
 
 

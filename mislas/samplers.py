@@ -50,11 +50,11 @@ def _counts(targets: np.ndarray) -> np.ndarray:
 
 def class_cyclic(rng: np.random.Generator, targets: np.ndarray, per_visit: int = 4) -> np.ndarray:
     """The authors' code: cycle through the classes in shuffled order, four of each from its own shuffled cycle."""
-    classes = len(_counts(targets))
+    counts = _counts(targets)
+    classes = len(counts)
     visits = -(-len(targets) // (classes * per_visit))
     images = np.empty((classes, visits * per_visit), np.int64)
-    for k in range(classes):
-        members = np.flatnonzero(targets == k)
+    for k, members in enumerate(np.split(np.argsort(targets, kind="stable"), np.cumsum(counts)[:-1])):
         rounds = -(-images.shape[1] // len(members))
         images[k] = np.concatenate([rng.permutation(members) for _ in range(rounds)])[: images.shape[1]]
     images = images.reshape(classes, visits, per_visit)

@@ -21,7 +21,7 @@ from . import paper
 from .config import RunConfig, assignment, check_type, locate, value_of
 from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
-from .methods import SETTINGS, configure
+from .methods import configure, settings_of
 from .runs import Record, Store, run
 from .train import Options
 
@@ -133,7 +133,7 @@ def authors_variants(dataset: str, imbalance: float | None) -> dict[str, dict[st
     (:data:`AUTHORS_CODE`); where they published a configuration for the dataset and the imbalance factor, what that
     sets in another way than Table 5; and all of it together."""
     rows = {"the paper's equations": {}, **AUTHORS_CODE}
-    theirs = SETTINGS[dataset_name(dataset)].authors.get(imbalance)
+    theirs = settings_of(dataset_name(dataset)).authors.get(imbalance)
     if theirs is None:
         return rows
     factors = {f"stage2.{key}": value for key, value in theirs.items() if key != "shift_bn"}
@@ -223,12 +223,13 @@ class Study:
             and len(set(seeds)) == len(seeds)
         ):
             raise MislasError(f"seeds is a list of different integers >= 0, such as [0, 1, 2], or null, got {seeds!r}")
-        if profile == "full" and (data_root is None or not Path(data_root).is_dir()):
+        if profile == "full" and (data_root is None or not Path(data_root).expanduser().is_dir()):
             raise DataError(f"profile 'full' needs data_root, an existing folder with the images, got {data_root!r}")
         if profile == "stored" and results_root is not None and not Path(results_root).expanduser().is_dir():
             raise DataError(f"profile 'stored' shows what is in results_root, an existing folder, got {results_root!r}")
         check_overrides(overrides or {})  # a slip stops here, not after an hour
-        self.profile, self.data_root = profile, data_root
+        self.profile = profile
+        self.data_root = None if data_root is None else Path(data_root).expanduser()
         self.seeds = list(seeds) if seeds is not None else None
         self.overrides = dict(overrides or {})
         if profile == "tiny":

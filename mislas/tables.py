@@ -19,10 +19,10 @@ import pandas as pd
 
 from . import paper
 from .campaign import OTHERS, Rates, estimate, images_per_second, jobs
-from .config import RunConfig, value_of
+from .config import GROUPS, RunConfig, value_of
 from .data import groups
 from .errors import unknown
-from .methods import METHODS, SETTINGS, configure
+from .methods import METHODS, configure, settings_of
 from .runs import Record, Store
 from .study import ALL_OF_THEIRS, Asked, Rows, Study, authors_variants, missing_by_command
 
@@ -441,10 +441,10 @@ def true_probabilities(
     for head, all_seeds in zip(methods, found, strict=True):
         records = all_seeds[:1]
         shown += records
-        parts = by_group(records[0]) if records else {name: None for name in groups([])}
+        parts = by_group(records[0]) if records else dict.fromkeys(GROUPS)
         columns[head, "mean"] = [DASH if p is None else f"{p.mean():.3f}" for p in parts.values()]
         columns[head, "> 0.9"] = [DASH if p is None else f"{100 * (p > 0.9).mean():.1f}" for p in parts.values()]
-    frame = pd.DataFrame(columns, index=list(groups([])))
+    frame = pd.DataFrame(columns, index=GROUPS)
     caption = (
         f"Probability of the true class, {title or study.title(dataset)}, IF {imbalance:g}, first seed: "
         "mean over test images, and share above 0.9 (%). A dash: not measured, or a group without classes."
@@ -787,7 +787,7 @@ def table1_runs(study: Study, dataset: str, head: str, first: bool, second: bool
     """
     if second is None:
         return ("mixup" if first else "ce"), {}
-    alpha = SETTINGS[study.datasets(dataset)[0]].mixup
+    alpha = settings_of(study.datasets(dataset)[0]).mixup
     return head + "+mixup" * first, {"stage2.mixup": alpha} if second else {}
 
 
@@ -904,7 +904,7 @@ def weight_norms(
         records = all_seeds[:1]
         shown += records
         missing += [] if records else [method]
-        means = dict.fromkeys(groups([]))
+        means = dict.fromkeys(GROUPS)
         if records:
             arrays = records[0].arrays()
             means = {
@@ -913,7 +913,7 @@ def weight_norms(
             }
         ratio = means["few"] / means["many"] if means["few"] and means["many"] else None
         rows[METHODS[method].title] = [DASH if m is None else f"{m:.2f}" for m in (*means.values(), ratio)]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*groups([]), "few / many"])
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*GROUPS, "few / many"])
     caption = (
         f"Mean L2 norm of the classifier's weights by group of classes, {title or study.title(dataset)}, first seed."
     )

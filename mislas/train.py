@@ -587,6 +587,13 @@ def forward(network: nn.Module, config: RunConfig, options: Options) -> Callable
                 f"batch norm cannot train on a batch of {len(batch.targets)} image(s) of this size: the last batch of "
                 "an epoch is what batch_size leaves over; choose another batch_size"
             ) from error
+        except RuntimeError as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise MislasError(
+                f"the backbone cannot be compiled ({str(error).splitlines()[0]}): leave out --compile (compile=False), "
+                "or install a C++ compiler"
+            ) from error
         return distributed.gather(features.float(), len(batch.targets))
 
     return features_of

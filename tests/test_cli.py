@@ -138,6 +138,16 @@ def test_a_run_that_is_not_one_says_where_to_look(store, tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+def test_a_world_of_several_without_the_others_is_one_line_where_it_matters(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["list", "--results-root", store]) == 0
+    capsys.readouterr()
+    assert main(["train", "--dataset", "digits", "--method", "ce", "--results-root", str(tmp_path)]) == 2
+    assert "mislas: WORLD_SIZE says that 2 processes train together, but" in capsys.readouterr().err
+
+
 def test_values_of_set_are_json_or_text():
     pairs = ["epochs=20", "stage2.eps_1=0.4", "form=linear", "stage2.shift_bn=false", "mixup=null", "weights=1234e567"]
     assert parse_overrides(pairs) == {

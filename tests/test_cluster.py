@@ -299,7 +299,9 @@ def test_gpus_are_dealt_out_to_jobs_that_run_at_once(visible, gpus, dealt, monke
     assert [share(slot, 3, max(1, gpus), gpus)[1] for slot in range(3)] == dealt
 
 
-@pytest.mark.parametrize(("at_once", "tasks", "threads"), [(1, 1, None), (2, 1, 4), (3, 1, 2), (2, 2, 2), (9, 1, 1)])
+@pytest.mark.parametrize(
+    ("at_once", "tasks", "threads"), [(1, 1, None), (1, 2, 4), (2, 1, 4), (3, 1, 2), (2, 2, 2), (9, 1, 1)]
+)
 def test_threads_are_divided_evenly_among_processes(at_once, tasks, threads, monkeypatch):
     monkeypatch.setattr(cluster.torch, "get_num_threads", lambda: 8)
     assert share(0, at_once, tasks, 0)[0] == threads

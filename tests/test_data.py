@@ -267,6 +267,15 @@ def test_names_that_begin_with_a_dot_are_passed_over(root):
     assert_same(clean, load("tiny", root, imbalance=1))
 
 
+def test_a_root_that_is_a_tree_is_that_of_a_dataset_with_as_many_classes(root, monkeypatch):
+    monkeypatch.setitem(SPECS, "other", Spec("Other", 4, 8, 6))
+    named = load("tiny", root, imbalance=1)
+    assert [data.available(name, root / "tiny") for name in ("tiny", "other")] == [True, False]
+    assert_same(named, load("tiny", root / "tiny", imbalance=1))
+    with pytest.raises(DataError, match="no images for 'other'"):
+        load("other", root / "tiny", imbalance=1)
+
+
 @pytest.mark.parametrize("suffix", [None, ".tar"])
 def test_files_that_change_are_read_again(root, suffix):
     if suffix:

@@ -176,6 +176,17 @@ def test_batches_do_not_depend_on_the_number_of_workers(data, alone):
     assert_equal(collect(batches), alone)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_epochs_that_are_read_at_once_are_those_read_one_by_one(data, alone, workers):
+    """As the two branches of BBN read them."""
+    batches = ImageBatches(data.train, SPEC, 50, workers=workers)
+    for _ in range(2):
+        epochs = (batches.epoch(np.random.default_rng(seed), "class_balanced") for seed in (3, 4))
+        first, second = zip(*zip(*epochs, strict=True), strict=True)
+        assert_equal(first, alone)
+        assert_equal(second, collect(batches, 4))
+
+
 @pytest.mark.parametrize(("batch_size", "rank", "world"), [(0, 0, 1), (2, 0, 3), (8, 2, 2), (8, -1, 2)])
 def test_impossible_ranks_and_batch_sizes_are_refused(data, batch_size, rank, world):
     with pytest.raises(MislasError, match=r"rank is in 0\.\.world - 1 and the batch size at least world"):

@@ -212,6 +212,16 @@ def test_a_killed_run_resumes_to_the_same_result(full, tmp_path, killed, batches
     assert contents(store).keys() == contents(full).keys()
 
 
+def test_runs_that_train_together_go_on_in_whatever_order_they_are_asked_for(full, tmp_path, killed):
+    store, crt = Store(tmp_path), config("crt")
+    with killed(50):
+        run([crt, LWS], store, options=replace(OPTIONS, checkpoint_every=0))
+    assert [path.stem.split("-")[0] for path in store.under_way()] == ["together"]
+    got, _ = run([LWS, crt], store, options=OPTIONS)
+    assert got.metrics == full.get(LWS).metrics
+    assert store.under_way() == []
+
+
 # ---------------------------------------------------------------------------------------------------- what is stored
 
 

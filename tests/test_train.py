@@ -411,6 +411,15 @@ def test_a_compiled_backbone_has_the_gradient_of_the_plain_one(digits, stage1, o
     assert compiled.norm() == pytest.approx(plain.norm().item(), rel=0.02)
 
 
+def test_a_backbone_that_cannot_be_compiled_says_what_to_do(digits, stage1, options, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
+    torch._dynamo.reset()
+    batch, _ = two_batches(digits, options)
+    with pytest.raises(MislasError, match=r"the backbone cannot be compiled .*: leave out --compile"):
+        gradient(*stage1, batch, replace(options, compile=True))
+
+
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("from_scratch", [True, False])
 def test_bfloat16_gradients_point_where_float32_ones_do(digits, stage1, options, from_scratch, native, monkeypatch):

@@ -29,7 +29,7 @@ from .evaluate import BINS, predict, summarise
 from .lists import check, load_lists
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store, device_name, run
-from .study import WHICH, default_results_root
+from .study import WHICH
 from .train import Options, plain_images
 
 EXAMPLES = """\
@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _store(arguments: argparse.Namespace, read: bool = False) -> Store:
     """The store that is meant; to ``read`` from, it must be there."""
-    store = Store(arguments.results_root or default_results_root())
+    store = Store(arguments.results_root or None)
     if read and arguments.results_root and not store.root.is_dir():
         raise RecordError(
             f"--results-root {arguments.results_root} is no folder; a store is one that 'train' wrote into"

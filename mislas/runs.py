@@ -1,4 +1,4 @@
-"""The store of what was measured, and the one way to fill it: ``run(configs, data_root, store)``.
+"""The store of what was measured, and the one way to fill it: ``run(configs, store, data_root)``.
 
 A finished run is a JSON record (configuration, measures, history, provenance), an ``.npz`` (test predictions, class
 weight norms, batch-norm statistics) and, for Stage-1, ``.safetensors`` weights; all are named by the run's identity.
@@ -100,11 +100,21 @@ def predictions_in(arrays: dict[str, np.ndarray]) -> Predictions:
     return Predictions(target, predicted, confidence, true_probability)
 
 
-class Store:
-    """Finished runs under a folder, looked up by identity. Files are only ever added."""
+def default_results_root() -> Path:
+    """``results/`` of the checkout that the library runs from, else of the working directory."""
+    checkout = Path(__file__).resolve().parents[1] / "results"
+    return checkout if checkout.is_dir() else Path("results")
 
-    def __init__(self, root: str | os.PathLike = "results"):
-        self.root = Path(root).expanduser()
+
+class Store:
+    """Finished runs under a folder, looked up by identity. Files are only ever added.
+
+    Args:
+        root: the folder; None is :func:`default_results_root`.
+    """
+
+    def __init__(self, root: str | os.PathLike | None = None):
+        self.root = default_results_root() if root is None else Path(root).expanduser()
 
     def path(self, config: RunConfig, suffix: str) -> Path:
         """Where a run's file goes.
@@ -299,7 +309,7 @@ def _check_types(content: dict[str, Any]) -> None:
 
 def run(
     configs: RunConfig | Iterable[RunConfig],
-    store: Store | str | os.PathLike,
+    store: Store | str | os.PathLike | None = None,
     data_root: str | os.PathLike | None = None,
     options: Options | None = None,
     download: bool = False,
@@ -310,6 +320,11 @@ def run(
     A run that was killed goes on from its checkpoint. What another process trains into the store just now is waited
     for. Stage-1 runs of small networks train side by side if ``options.together`` says so. Where several processes
     train together each of them calls this, and all must see the store and the data; the first of them writes.
+
+    Args:
+        store: a store, or its folder; None is the default one.
+        data_root: folder with the images; see :func:`mislas.data.load`.
+        download: see :func:`mislas.data.load`.
 
     Returns:
         One record per configuration, in order.

@@ -22,7 +22,7 @@ from .config import RunConfig, assignment, check_type, locate, value_of
 from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
 from .methods import configure, settings_of
-from .runs import Record, Store, run
+from .runs import Record, Store, default_results_root, run
 from .train import Options
 
 #: Fields that say which run, not how it is trained: no overrides; and what to do instead.
@@ -169,12 +169,6 @@ def missing_by_command(
     return list(commands.values())
 
 
-def default_results_root() -> Path:
-    """``results/`` of the checkout that the library runs from, else of the working directory."""
-    checkout = Path(__file__).resolve().parents[1] / "results"
-    return checkout if checkout.is_dir() else Path("results")
-
-
 def check_overrides(overrides: dict[str, Any]) -> None:
     """Raise :class:`MislasError` for overrides that are no fields with values of their types, or that decide which runs
     a page shows rather than how they are trained."""
@@ -237,7 +231,7 @@ class Study:
             self.store = Store(self._folder.name)
             self.options = Options(device=device or "cpu", workers=0)
         else:
-            self.store = Store(results_root or default_results_root())
+            self.store = Store(results_root or None)
             self.options = Options(device=device)
 
     def changed(self, shown: Sequence[Record] = ()) -> str:

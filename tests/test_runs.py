@@ -212,6 +212,13 @@ def test_a_killed_run_resumes_to_the_same_result(full, tmp_path, killed, batches
     assert contents(store).keys() == contents(full).keys()
 
 
+def test_a_store_may_be_named_by_its_folder(full, monkeypatch):
+    assert [record.metrics for record in run([CE, LWS], str(full.root))] == [full.get(c).metrics for c in (CE, LWS)]
+    monkeypatch.setattr("mislas.runs.default_results_root", lambda: full.root)
+    assert Store().root == full.root
+    assert run(CE)[0].metrics == full.get(CE).metrics
+
+
 def test_runs_that_train_together_go_on_in_whatever_order_they_are_asked_for(full, tmp_path, killed):
     store, crt = Store(tmp_path), config("crt")
     with killed(50):

@@ -92,7 +92,24 @@ def _parser() -> argparse.ArgumentParser:
         "--results-root", metavar="DIR", help="the store of finished runs (default: the project's results/)"
     )
 
-    which = argparse.ArgumentParser(add_help=False)  # what every command that trains takes
+    which = _which()
+    asked = _asked(which)
+    _add_train(commands, [store, asked])
+    _add_submit(commands, [store, asked])
+    _add_eval(commands, [store])
+    _add_campaign(commands, [store, which])
+    _add_merge(commands, [store])
+    _add_list_and_show(commands, [store])
+    data = commands.add_parser("data", help="check a dataset's files, or make its images smaller")
+    parts = data.add_subparsers(required=True, metavar="{check,shrink}")
+    _add_check(parts)
+    _add_shrink(parts)
+    return parser
+
+
+def _which() -> argparse.ArgumentParser:
+    """What every command that trains takes."""
+    which = argparse.ArgumentParser(add_help=False)
     which.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join([*SPECS, *LISTS])}")
     which.add_argument("--seed", type=int, nargs="+", default=[0], metavar="N", help="seeds (default: 0)")
     which.add_argument("--data-root", metavar="DIR", help="folder with the images; digits and generated need none")
@@ -123,8 +140,12 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that decode image files; 0 decodes in this one (default: one per processor)",
     )
     which.add_argument("--quiet", action="store_true", help="no progress bar")
+    return which
 
-    asked = argparse.ArgumentParser(add_help=False, parents=[which])  # what "train" and "submit" have in common
+
+def _asked(which: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What "train" and "submit" have in common."""
+    asked = argparse.ArgumentParser(add_help=False, parents=[which])
     asked.add_argument(
         "--method", required=True, nargs="+", metavar="NAME", help=f"one or more of: {', '.join(METHODS)}"
     )
@@ -143,29 +164,37 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="epochs between test evaluations along the way (default: 10); the last epoch is what counts",
     )
-    names = textwrap.wrap("  ".join(field_names()), 100, break_on_hyphens=False)
-    fields = "fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(names)
+    return asked
 
+
+def _fields() -> str:
+    names = textwrap.wrap("  ".join(field_names()), 100, break_on_hyphens=False)
+    return "fields for --set, with the values of Table 5 as defaults:\n  " + "\n  ".join(names)
+
+
+def _add_train(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     train = commands.add_parser(
         "train",
-        parents=[store, asked],
+        parents=parents,
         help="train what is not in the store yet",
         description="Train the runs asked for: every combination of method, imbalance factor and seed. What the store "
         "has is not trained again, Stage-1 is shared, and a run that was stopped goes on from its checkpoint.",
-        epilog=fields,
+        epilog=_fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("--download", action="store_true", help="fetch CIFAR-10/100 into --data-root if missing")
     train.set_defaults(call=_train)
 
+
+def _add_submit(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     submitting = commands.add_parser(
         "submit",
-        parents=[store, asked],
+        parents=parents,
         help="train on a Slurm cluster what is not in the store yet",
         description="Submit the runs asked for, as 'mislas train' takes them, as Slurm jobs. What the store has is not "
         "submitted; runs that share a Stage-1 are one job. A job that is preempted or reaches its time limit is queued "
         "again and goes on from its checkpoint. Store, data and logs must be on a disk that every node sees.",
-        epilog=fields,
+        epilog=_fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     submitting.add_argument("--partition", metavar="NAME", help="of the cluster (default: its own)")
@@ -194,9 +223,11 @@ def _parser() -> argparse.ArgumentParser:
     submitting.add_argument("--dry-run", action="store_true", help="print the jobs, submit nothing")
     submitting.set_defaults(call=_submit)
 
+
+def _add_eval(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     evaluate = commands.add_parser(
         "eval",
-        parents=[store],
+        parents=parents,
         help="measure a finished run again",
         description="Measure a finished run again from its stored predictions, with other bins if you like. "
         "With --data-root, a Stage-1 model is loaded from its stored weights and run over the test images.",
@@ -209,9 +240,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
     evaluate.set_defaults(call=_eval)
 
+
+def _add_campaign(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     push = commands.add_parser(
         "campaign",
-        parents=[store, which],
+        parents=parents,
         help="fill the store with what the book wants, within a time budget",
         description="Train what the tables and figures want of a dataset and the store lacks, most wanted first. "
         "What a table or figure varies keeps its values whatever --set says. Can be killed at any moment; the same "
@@ -233,9 +266,11 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--dry-run", action="store_true", help="print the plan and its cost, train nothing")
     push.set_defaults(call=_campaign)
 
+
+def _add_merge(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     joining = commands.add_parser(
         "merge",
-        parents=[store],
+        parents=parents,
         help="add a packed archive to the store",
         description="Add what 'mislas campaign --pack' wrote to the store. Damage and conflicts are refused before "
         "anything is added.",
@@ -243,17 +278,19 @@ def _parser() -> argparse.ArgumentParser:
     joining.add_argument("archive", nargs="+", metavar="FILE")
     joining.set_defaults(call=_merge)
 
-    listing = commands.add_parser("list", parents=[store], help="list finished runs, methods or datasets")
+
+def _add_list_and_show(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
+    listing = commands.add_parser("list", parents=parents, help="list finished runs, methods or datasets")
     listing.add_argument("what", nargs="?", choices=("runs", "methods", "datasets"), default="runs")
     listing.set_defaults(call=_list)
 
-    show = commands.add_parser("show", parents=[store], help="everything about one finished run")
+    show = commands.add_parser("show", parents=parents, help="everything about one finished run")
     show.add_argument("run", metavar="RUN", help="identity of a run, or its beginning; see 'mislas list'")
     show.set_defaults(call=_show)
 
-    data = commands.add_parser("data", help="check a dataset's files, or make its images smaller")
-    data = data.add_subparsers(required=True, metavar="{check,shrink}")
-    checking = data.add_parser(
+
+def _add_check(parts: argparse._SubParsersAction) -> None:
+    checking = parts.add_parser(
         "check",
         help="hold a dataset against what is expected of it",
         description="Count images and classes, look for missing files, decode every image, and report. The exit status "
@@ -264,7 +301,10 @@ def _parser() -> argparse.ArgumentParser:
     checking.add_argument("--lists", metavar="DIR", help="folder with the list files (default: --root)")
     checking.add_argument("--quiet", action="store_true", help="no progress bar")
     checking.set_defaults(call=_check)
-    shrinking = data.add_parser(
+
+
+def _add_shrink(parts: argparse._SubParsersAction) -> None:
+    shrinking = parts.add_parser(
         "shrink",
         help="copy large images at a size that decodes faster",
         description="Copy the images of both lists into another folder, the shorter side at most --side pixels. They "
@@ -277,7 +317,6 @@ def _parser() -> argparse.ArgumentParser:
     shrinking.add_argument("--side", type=int, default=256, metavar="N", help="of the shorter side (default: 256)")
     shrinking.add_argument("--quiet", action="store_true", help="no progress bar")
     shrinking.set_defaults(call=_shrink)
-    return parser
 
 
 def _store(arguments: argparse.Namespace, read: bool = False) -> Store:

@@ -53,8 +53,8 @@ def pack(configs: Iterable[RunConfig], store: Store, archive: Path) -> int:
         record = store.get(config)
         paths = [store.find(config, suffix) for suffix in _SUFFIXES] if record else []
         found |= {_name(record.config, path.suffix): path.read_bytes() for path in paths if path.exists()}
-    old_records, old = _check(kept, archive)
-    new_records, new = _check(found, store.root)
+    old_records, old = checked(kept, archive)
+    new_records, new = checked(found, store.root)
     further = {name: found[name] for name, (_, epoch) in new.items() if name in old and epoch > old[name][1]}
     members = found | kept | further
     finished = _finished([*old_records.values(), *new_records.values()], members)
@@ -89,7 +89,7 @@ def merge(archive: Path, store: Store) -> list[Record]:
             ``classwise_ece`` and ``brier`` do; or a conflict.
     """
     members = _read_archive(archive)
-    records, checkpoints = _check(members, archive)
+    records, checkpoints = checked(members, archive)
     writes = []
     for stem, record in records.items():
         existing = store.get(record.config)
@@ -125,7 +125,7 @@ def _read_archive(archive: Path) -> Members:
         raise RecordError(f"{archive} cannot be read ({error}); copy it again, or name another file") from error
 
 
-def _check(members: Members, where: Path) -> tuple[dict[str, Record], dict[str, Checkpoint]]:
+def checked(members: Members, where: Path) -> tuple[dict[str, Record], dict[str, Checkpoint]]:
     """Check files of a store, each by itself and against the rest of its run.
 
     Returns:

@@ -24,9 +24,8 @@ from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
 
-#: Table 3's methods that share no Stage-1, and rules that cost nothing once Stage-1 is there.
+#: Table 3's methods that share no Stage-1.
 OTHERS = ("ldam+drw", "bbn", "remix+drw")
-RULES = ("ncm", "ncm+mixup", "logit-adjustment")
 
 #: What open questions ask of other Stage-1s: a weight decay that the authors recommend, by title; images held out.
 WEIGHT_DECAY = {
@@ -89,7 +88,6 @@ def wanted(
             for rows in LEARNED.values():
                 configs += [one(method, imbalance, seed, changes) for method, changes in _runs(rows)]
             configs += [one(m, imbalance, seed, STAGE2_MIXUP) for m in ("crt+mixup", "lws+mixup")]
-            configs += [one(method, imbalance, seed) for method in RULES]
         configs += [one("ce", first, seed, changes) for changes in balanced(dataset, first).values()]
         configs += [one(method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]

@@ -10,6 +10,14 @@ from mislas.runs import Store
 from mislas.train import Options
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of the tests' own: what is there of the user's may be older than the code, and is theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MISLAS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def options():
     return Options(device="cpu", progress=False)

@@ -112,6 +112,20 @@ def execute(cell, space):
     return eval(compile(last, "cell", "eval"), space) if last else None
 
 
+OWN_TEST = ("add-a-method.md", "bring-your-images.md")
+WITH_CELLS = [page for page in sorted((ROOT / "book").glob("*.md")) if CELL.search(page.read_text())]
+
+
+@pytest.mark.parametrize("page", [page for page in WITH_CELLS if page.name not in OWN_TEST], ids=lambda page: page.stem)
+def test_the_cells_of_a_page_run_and_are_shown(page, monkeypatch):
+    monkeypatch.chdir(page.parent)
+    monkeypatch.syspath_prepend(page.parent)
+    space = {"display": lambda *shown: [one._repr_html_() for one in shown if hasattr(one, "_repr_html_")]}
+    for cell in CELL.findall(page.read_text()):
+        space["display"](execute(cell, space))
+    matplotlib.pyplot.close("all")
+
+
 @pytest.fixture
 def registries():
     """What a page registers is gone after the test."""

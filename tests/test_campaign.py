@@ -242,6 +242,17 @@ def test_merge_adds_what_is_new_and_leaves_what_is_there(full, tmp_path):
     assert files(store) == files(full)
 
 
+@pytest.mark.parametrize(("stored", "packed"), [(5, 3), (3, 5)])
+def test_merge_keeps_the_checkpoint_that_is_further_on(tmp_path, stored, packed):
+    store, ce = Store(tmp_path / "store"), configs()[0]
+    path = store.checkpoint([ce])
+    path.parent.mkdir(parents=True)
+    path.write_bytes(checkpoint(tmp_path / "own.ckpt", [ce.id], stored))
+    content = checkpoint(tmp_path / "other.ckpt", [ce.id], packed)
+    merge(write(tmp_path / "a.tar", {path.relative_to(store.root).as_posix(): content}), store)
+    assert torch.load(path, weights_only=True)["epoch"] == 5
+
+
 def test_merge_passes_over_the_checkpoints_of_finished_runs(full, tmp_path):
     (ce, lws), store = configs(), Store(tmp_path / "store")
     shutil.copytree(full.root, store.root)

@@ -1,10 +1,12 @@
 import json
+import re
+import shutil
 
 import pytest
 import torch
 
 from mislas import cli
-from mislas.archive import merge
+from mislas.archive import merge, pack
 from mislas.cli import main, parse_overrides
 from mislas.errors import MislasError
 from mislas.methods import METHODS
@@ -68,6 +70,45 @@ def test_eval_of_a_two_stage_run_uses_stored_predictions(store, capsys):
     out = capsys.readouterr().out
     assert f"accuracy {accuracy}" in out
     assert "(5 bins)" in out
+
+
+def test_eval_refuses_other_images_than_the_runs_and_weights_that_are_not_kept(store, tmp_path, capsys):
+    (stage1, *_), (stage2, *_) = printed_runs(capsys, store)
+    assert main(["eval", stage2, "--data-root", "data", "--results-root", store]) == 2
+    assert "only Stage-1 models are stored as weights" in capsys.readouterr().err
+    other = shutil.copytree(store, tmp_path / "other")
+    (path,) = other.glob(f"*/*-{stage1}.json")
+    content = json.loads(path.read_text())
+    content["provenance"]["data_checksum"] = "0"
+    path.write_text(json.dumps(content))
+    assert main(["eval", stage1, "--results-root", str(other), "--device", "cpu"]) == 2
+    assert "these images differ from the run's" in capsys.readouterr().err
+
+
+def test_list_shows_what_is_under_way(store, tmp_path, capsys):
+    other = shutil.copytree(store, tmp_path / "other")
+    (other / "digits-if10" / "mixup-s0-0123456789ab.ckpt").touch()
+    assert main(["list", "--results-root", str(other)]) == 0
+    assert re.search(r"under way: .*mixup-s0-0123456789ab\.ckpt", capsys.readouterr().out)
+
+
+def test_merge_adds_what_was_packed(store, tmp_path, capsys):
+    archive, other = tmp_path / "a.tar", str(tmp_path / "other")
+    pack([record.config for record in Store(store)], Store(store), archive)
+    assert main(["merge", str(archive), "--results-root", other]) == 0
+    assert "digits" in capsys.readouterr().out
+    assert printed_runs(capsys, other) == printed_runs(capsys, store)
+
+
+def test_downloads_and_budgets_reach_those_who_heed_them(tmp_path, monkeypatch):
+    seen, root = [], ["--dataset", "digits", "--results-root", str(tmp_path)]
+    monkeypatch.setattr(cli, "run", lambda *given: seen.append(given[-1]) or [])
+    monkeypatch.setattr(cli, "campaign", lambda *given: seen.append(given[-1]) or True)
+    for more in ([], ["--download"]):
+        assert main(["train", "--method", "ce", *root, *more]) == 0
+    for more in ([], ["--budget", "9m"]):
+        assert main(["campaign", *root, *more]) == 0
+    assert seen == [False, True, None, 540.0]
 
 
 def test_a_store_that_cannot_be_written_is_one_line(tmp_path, capsys):

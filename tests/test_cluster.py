@@ -217,10 +217,12 @@ def test_sigterm_ends_the_jobs_too(tmp_path):
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     ) as process:
+        deadline = time.monotonic() + 240
         while process.poll() is None and not list((tmp_path / "results").glob("*/*.lock")):
+            assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 143
+        assert process.wait(timeout=120) == 143
         ended = select.poll()
         ended.register(process.stdin, 0)  # no event but the pipe's end
         assert ended.poll(20_000)

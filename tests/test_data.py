@@ -189,6 +189,14 @@ def test_normalisation_is_that_of_the_authors_code():
     }  # fmt: skip
 
 
+def test_augmentation_is_the_usual_one_of_cifar_and_as_much_of_larger_images():
+    """Crops of images padded by an eighth of their side, mirrored; digits are not, and have one pixel."""
+    cifar = {"cifar10", "cifar100", "cifar10-jpeg", "cifar100-jpeg", "tinyimagenet32"}
+    assert {name: (spec.size, spec.padding, spec.flip) for name, spec in SPECS.items()} == {
+        **dict.fromkeys(cifar, (32, 4, True)), "tinyimagenet64": (64, 8, True), "digits": (8, 1, False)
+    }  # fmt: skip
+
+
 def test_an_unknown_dataset_lists_the_known_ones():
     with pytest.raises(MislasError, match=r"unknown dataset 'cifar1O'; did you mean 'cifar10'.*tinyimagenet64"):
         load("cifar1O")

@@ -182,6 +182,16 @@ def test_it_learns_digits_and_the_novel_ones_too(data, config, trained, options)
     assert losses[-1] < losses[0]
 
 
+def test_an_episode_does_not_ask_about_the_images_that_it_shows(data, config, trained, options, monkeypatch):
+    def all_shown(rng, targets, steps, posing, shots):
+        posed, _ = draw_episodes(rng, targets, steps, posing, shots)
+        return posed, np.broadcast_to(np.arange(len(targets)), (*posed.shape, len(targets))).copy()
+
+    monkeypatch.setattr("mislas.fewshot.draw_episodes", all_shown)
+    learned = train_few_shot(config, copy.deepcopy(trained), data, options)
+    assert [row["train_loss"] for row in learned.histories[0]] == [0.0] * config.stage2.epochs
+
+
 def test_it_learns_from_base_classes_that_stage1_did_not_hold_out(data, config, trained, options, monkeypatch):
     seen, kept = [], data.hold_out(0.1)[0]
     monkeypatch.setattr("mislas.fewshot.batches_of", lambda data, *rest: seen.append(data) or batches_of(data, *rest))

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 from mislas import paper
+from mislas.evaluate import reliability
 from mislas.plots import (
+    OVER,
+    UNDER,
     density,
     forms_figure,
     matrix_figure,
     missing_variants,
+    reliability_diagram,
     reliability_figure,
     schedule_figure,
     shift_figure,
@@ -42,6 +46,20 @@ def test_density_integrates_to_one_and_keeps_what_piles_up_at_the_ends():
     assert ((curve[1:] + curve[:-1]) / 2 * np.diff(at)).sum() == pytest.approx(1, abs=1e-3)
     peak = density(np.ones(10), np.array([1.0]), width=0.04)  # the whole kernel folded into its left half
     assert peak == pytest.approx(2 / (0.04 * np.sqrt(2 * np.pi)), rel=1e-3)
+
+
+def test_bars_are_accuracies_and_gaps_say_on_which_side_the_confidence_is():
+    """Two bins by hand: in the first the network is less sure than right, in the second surer."""
+    confidence, correct = np.array([0.3, 0.4, 0.7, 0.7]), np.array([1, 0, 1, 0])
+    ax = plt.figure().add_subplot()
+    reliability_diagram(ax, reliability(confidence, correct, 2), 0.5, 0.175)
+    under, over = matplotlib.colors.to_rgba(UNDER["facecolor"]), matplotlib.colors.to_rgba(OVER["facecolor"])
+    bars, above, below, share = ([patch for patch in c if patch.get_height()] for c in ax.containers)
+    assert [bar.get_height() for bar in bars] == [0.5, 0.5]
+    for (gap,), bottom, height, colour in ((above, 0.5, 0.2, over), (below, 0.35, 0.15, under)):
+        assert (gap.get_y(), gap.get_height()) == (pytest.approx(bottom), pytest.approx(height))
+        assert gap.get_facecolor() == pytest.approx(colour, abs=0.02)
+    assert [bar.get_height() for bar in share] == [pytest.approx(-0.18)] * 2
 
 
 def test_a_figure_without_runs_says_so_under_its_title(tmp_path):

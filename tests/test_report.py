@@ -255,6 +255,29 @@ def test_every_side_of_every_claim_is_wanted_by_the_campaign():
                 assert configure("cifar10-jpeg", method, imbalance, 0, changes).id in ids, c.title
 
 
+def test_comparisons_ask_for_what_the_paper_says():
+    asked = {claim.name: claim.comparisons for claim in CLAIMS}
+    both = {"accuracy": "more", "ece": "less"}
+
+    def stage2(side):
+        return configure("cifar10", side.method, overrides=side.changes).stage2
+
+    assert all(c.expected == "more" and c.old.data and not c.new.data for c in asked["C1"])
+    expected = {key: [c.expected for c in asked["C2"] if c.measure == key] for key in both}
+    assert expected == {"accuracy": ["same", "more", "more", "no more", "no more"], "ece": ["less"] * 3}
+    assert all("mixup" in c.new.method and ("mixup" not in c.old.method or c.new.changes) for c in asked["C2"])
+    for c in asked["C3"]:
+        eps = [getattr(stage2(side), "eps_1", None) or 0 for side in (c.new, c.old)]
+        assert (c.expected, eps[0] > eps[1]) == (both[c.measure], True)
+    for c in asked["C4"]:
+        assert (c.measure, c.expected) == ("accuracy", "more")
+        assert (stage2(c.new).shift_bn, stage2(c.old).shift_bn) == (True, False)
+    assert {(c.measure, c.expected) for c in asked["C5"]} == {("accuracy", "same")}
+    for c in asked["C6"]:
+        assert (c.new.method, c.new.changes, c.expected) == ("mislas", {}, both[c.measure])
+        assert c.old.method != "mislas"
+
+
 def test_gaps_name_what_is_missing_its_cost_and_the_command(store):
     table = gaps(Study(results_root=store.root), ["cifar10-jpeg"], [100])
     row = table.frame.iloc[0]

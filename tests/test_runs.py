@@ -212,6 +212,19 @@ def test_a_killed_run_resumes_to_the_same_result(full, tmp_path, killed, batches
     assert contents(store).keys() == contents(full).keys()
 
 
+def test_a_record_is_written_last(full, tmp_path, monkeypatch):
+    """What has one is complete."""
+
+    def full_disk(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store, record = Store(tmp_path), full.get(CE)
+    monkeypatch.setattr(np, "savez_compressed", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        store.put(CE, record.metrics, record.history, record.arrays(), record.provenance)
+    assert store.get(CE) is None
+
+
 def test_a_store_may_be_named_by_its_folder(full, monkeypatch):
     assert [record.metrics for record in run([CE, LWS], str(full.root))] == [full.get(c).metrics for c in (CE, LWS)]
     monkeypatch.setattr("mislas.runs.default_results_root", lambda: full.root)

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 from mislas import paper
 from mislas import study as study_module
+from mislas.archive import checked
 from mislas.campaign import wanted
 from mislas.cli import _parser, parse_overrides
 from mislas.config import Adjustment
@@ -292,17 +293,17 @@ def test_commands_carry_changes_that_the_command_line_understands(tmp_path):
 
 def test_the_committed_records_are_whole_and_on_the_full_schedule():
     root = Path(__file__).resolve().parents[1] / "results"
+    records, checkpoints = checked({p.relative_to(root).as_posix(): p.read_bytes() for p in root.glob("*/*")}, root)
+    assert len(records) > 300
+    assert not checkpoints
     known: dict[tuple, set[str]] = {}  # what the campaign wants, and every method, is at the full schedule
-    for record in Store(root):
+    for record in records.values():
         key = record.config.dataset, record.config.imbalance, record.config.seed
         if key not in known:
             methods = [configure(key[0], method, key[1], key[2]) for method in METHODS]
             configs = [*wanted(key[0], seeds=[key[2]]), *methods]
             known[key] = {config.id for config in [*configs, *(config.stage1_only for config in configs)]}
         assert record.config.id in known[key]
-        assert record.predictions().correct.mean() == pytest.approx(record.metrics["accuracy"], abs=1e-6)
-        # confidences are stored in steps of 1 / 65535: one of 10,000 may change its bin, and both bins' gaps by 1e-4
-        assert record.predictions().reliability().ece == pytest.approx(record.metrics["ece"], abs=2e-4)
         stage = record.config.stage2 or record.config.stage1
         assert record.history[-1]["epoch"] == (0 if isinstance(stage, Adjustment) else stage.epochs)
         assert not record.provenance["commit"].endswith("+changes")

@@ -22,6 +22,7 @@ from mislas.errors import Diverged, MislasError, RecordError
 from mislas.evaluate import predict
 from mislas.losses import LOSSES, LossSpec, effective_number_weights
 from mislas.methods import ONE_STAGE, configure
+from mislas.metric import METRICS
 from mislas.models import backbone, init_kaiming, stage1_model
 from mislas.train import (
     Batch,
@@ -382,6 +383,23 @@ def test_a_metric_loss_of_weight_0_is_cross_entropy_alone_and_otherwise_it_count
     assert with_it.histories[0][0]["train_loss"] > without.histories[0][0]["train_loss"]
 
 
+def test_a_metric_loss_is_added_with_its_weight(digits, options):
+    """At a rate that changes nothing, an epoch's loss is its batches' mean, for the network that it begins with."""
+    config = digits_config("lifted", epochs=1, lr=1e-12, weight_decay=0.0, metric_weight=0.3)
+    network, head = stage1_model("resnet8", 10)
+    generator = torch_rng(config.seed, "init")
+    init_kaiming(network, generator)
+    init_kaiming(head, generator)
+    total = 0.0
+    for batch in batches_of(digits, config.stage1, "stage1", config.seed, options).epoch(0):
+        with torch.no_grad():
+            features = network.train()(batch.images)
+            loss = F.cross_entropy(head(features), batch.targets) + 0.3 * METRICS["lifted"](features, batch.targets)
+        total += loss.item() * len(batch.targets)
+    (row,) = train_stage1(config, digits, options).histories[0]
+    assert row["train_loss"] == pytest.approx(total / len(digits.train_targets), rel=1e-4)
+
+
 def two_batches(digits, options):
     return list(itertools.islice(batches_of(digits, digits_config("ce").stage1, "stage1", 0, options).epoch(0), 2))
 
@@ -433,6 +451,7 @@ def test_bfloat16_gradients_point_where_float32_ones_do(digits, stage1, options,
     first, second = two_batches(digits, options)
     exact, rounded = (gradient(network, head, first, options, precision) for precision in ("fp32", "bf16"))
     other = gradient(network, head, second, options)
+    assert not torch.allclose(exact, rounded, rtol=1e-4, atol=0)  # it was rounded
     assert cosine(exact, rounded) > 0.98
     assert 1 - cosine(exact, rounded) < 0.1 * (1 - cosine(exact, other))
     assert rounded.norm() == pytest.approx(exact.norm().item(), rel=0.05)
@@ -468,6 +487,44 @@ def test_with_shift_only_the_running_statistics_change(digits, options, stage1):
     for name, value in stage1[0].state_dict().items():
         moved = name.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert torch.equal(value, before[name]) == (not moved), name
+
+
+def test_stage2_of_mislas_is_sgd_on_smoothed_labels_of_balanced_batches(digits, options, trained):
+    """Against a loop of its own: equations (1), (3) and (4) written out, torch's SGD, a cosine's two rates."""
+    config = digits_config("mislas", **{"stage2.epochs": 2, "stage2.lr": 0.02})
+    stage, (network, classifier) = config.stage2, copy.deepcopy(trained)
+    network.train()  # its statistics shift
+    scale, delta, bias = torch.ones(10), torch.zeros(10, 64), torch.zeros(10)
+    for parameter in (scale, delta, bias):
+        parameter.requires_grad_()
+    groups = [{"params": [scale]}, {"params": [delta, bias]}]
+    optimizer = torch.optim.SGD(groups, 1.0, stage.momentum, weight_decay=stage.weight_decay, foreach=False)
+    counts = torch.tensor(digits.class_counts, dtype=torch.float64)
+    rise = (torch.pi / 2 * (counts - counts.min()) / (counts.max() - counts.min())).sin()
+    eps = (stage.eps_k + (stage.eps_1 - stage.eps_k) * rise).float()
+    smoothed = torch.diag(1 - eps) + (1 - torch.eye(10)) * (eps / 9)[:, None]
+    images = Images(digits.train_images, digits.spec.mean, digits.spec.std, padding=1)
+    weight, constant = classifier.weight.detach(), classifier.bias.detach()
+    targets, expected = digits.train_targets.numpy(), []
+    for epoch, rate in enumerate((0.02, 0.01)):
+        for group, ratio in zip(optimizer.param_groups, (1, stage.delta_lr), strict=True):
+            group["lr"] = rate * ratio
+        rng, total = host_rng(config.seed, "stage2", epoch), 0.0
+        for batch, _, _ in draw_batches(rng, targets, stage, 1, False, torch.device("cpu"), "class_balanced"):
+            with torch.no_grad():
+                features = network(images.batch(*batch))
+            logits = scale * (features @ (weight + delta).T + constant + bias)
+            loss = F.cross_entropy(logits, smoothed[digits.train_targets[batch[0]]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch[0])
+        expected.append(total / len(targets))
+    result = train_stage2([config], copy.deepcopy(trained), digits, options)
+    np.testing.assert_allclose([row["train_loss"] for row in result.histories[0]], expected, rtol=1e-4)
+    found, found_bias = result.heads[0].effective()
+    torch.testing.assert_close(found, scale[:, None] * (weight + delta), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found_bias, scale * (constant + bias), atol=1e-4, rtol=1e-4)
 
 
 def test_statistics_that_are_shifted_first_stay_while_the_classifier_learns(digits, options, stage1):

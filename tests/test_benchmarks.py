@@ -43,6 +43,13 @@ def test_the_roofline_counts_what_a_step_computes_and_moves(script):
     assert all(rate > 1e6 for rate in roofline.peaks(torch.device("cpu"), 0.01))
 
 
+def test_the_ways_to_decode_take_turns_and_are_held_against_the_usual_one(script, capsys):
+    script("pipeline").main(["--images", "2", "--repeats", "1"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["usual", "workers", "whole", "shrunk"]
+    assert lines[0][-3:] == ["1.00", "of", "usual"]
+
+
 @pytest.fixture
 def accuracy(script):
     return script("accuracy")

@@ -14,6 +14,8 @@ import pytest
 
 matplotlib.use("Agg")
 
+import matplotlib.pyplot as plt
+
 import mislas
 from mislas.data import LISTS, SPECS
 from mislas.errors import DataError
@@ -123,7 +125,7 @@ def test_the_cells_of_a_page_run_and_are_shown(page, monkeypatch):
     space = {"display": lambda *shown: [one._repr_html_() for one in shown if hasattr(one, "_repr_html_")]}
     for cell in CELL.findall(page.read_text()):
         space["display"](execute(cell, space))
-    matplotlib.pyplot.close("all")
+    plt.close("all")
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ All take turns, so that a machine whose speed drifts treats them alike. Images a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import statistics
@@ -40,7 +39,7 @@ from torch import get_num_threads, nn
 
 from mislas import Dataset, Options, RunConfig, configure
 from mislas.models import backbone, native_bfloat16, use_float32_products
-from mislas.runs import device_name
+from mislas.runs import provenance
 from mislas.study import GRID
 from mislas.together import train_together
 from mislas.train import stage1_run, train_stage1, train_stage2
@@ -228,12 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for _ in range(arguments.repeats):
         for name, epoch in loops.items():
             seconds[name].append(epoch())
-    found = {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "threads": threads,
-        "compile": options.compile,
-        "date": datetime.date.today().isoformat(),
+    source = provenance(data, options, 0.0)
+    found = {key: source[key] for key in ("device", "torch", "threads", "compile", "commit")} | {
+        "date": source["date"][:10],
         "images": len(data.train_targets),
         "repeats": arguments.repeats,
         "images_per_second": {name: spread([len(data.train_targets) / s for s in seconds[name]]) for name in loops},

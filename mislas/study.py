@@ -85,18 +85,17 @@ def _learned(end: str) -> Rows:
     }
 
 
-LEFT = {"shift_bn": False}
+def _mislas(changes: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A row of :data:`LEARNED`: MiSLAS with changes."""
+    alone = changes | {"shift_bn": False}
+    return [("mislas", alone), ("mislas", alone | DRAWN), ("mislas", changes)]
+
 
 #: By Stage-1 and by what Stage-2 learns on it: the run, as (method, changes), with each of the three
 #: :data:`STATISTICS`.
 LEARNED = {
     "Stage-1 with mixup": _learned("+mixup")
-    | {
-        "scales and ΔW": [
-            ("mislas", changes) for changes in (NO_SMOOTHING | LEFT, NO_SMOOTHING | LEFT | DRAWN, NO_SMOOTHING)
-        ],
-        "scales and ΔW, smoothed (MiSLAS)": [("mislas", changes) for changes in (LEFT, LEFT | DRAWN, {})],
-    },
+    | {"scales and ΔW": _mislas(NO_SMOOTHING), "scales and ΔW, smoothed (MiSLAS)": _mislas({})},
     "Stage-1 without mixup": _learned(""),
 }
 #: The same after a short Stage-1, by dataset: rows and changes. With many classes, and, as a control, with few.

@@ -229,7 +229,7 @@ ONE_STAGE: dict[str, Method] = {
         ZHOU, (3, 4),
         r"z &= \alpha W_c^\top f_c + (1 - \alpha) W_r^\top f_r, \\ l &= \alpha l(y_c) + (1 - \alpha) l(y_r), \\ "
         r"\alpha &= 1 - (t / T)^2",
-        stage1=dict(second_sampler="reverse", schedule="multistep-bbn"),
+        stage1=dict(second_sampler="reverse", schedule="multistep-bbn", weights=None),
     ),
     "balanced-softmax": Method(
         "Balanced softmax", "Cross-entropy of logits shifted by the log of the class frequencies.", REN, (),

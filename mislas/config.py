@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -455,17 +455,29 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
-_POSITIVE = {"epochs", "batch_size", "lr", "delta_lr", "backbone_lr", "max_margin", "scale", "remix_kappa", "remix_tau"}
-_NOT_NEGATIVE = {"momentum", "weight_decay", "warmup", "gamma", "adjustment", "metric_weight", "centroid_weight"}
+#: What numbers of a stage must be, in words and as a test, and which; None is no number.
+_RANGES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    (
+        "> 0 and finite",
+        lambda value: 0 < value < math.inf,
+        ("epochs", "batch_size", "lr", "delta_lr", "max_margin", "scale", "remix_kappa", "remix_tau"),
+    ),
+    (
+        ">= 0 and finite",
+        lambda value: 0 <= value < math.inf,
+        ("weight_decay", "warmup", "gamma", "adjustment", "metric_weight", "centroid_weight"),
+    ),
+    (">= 0 and < 1", lambda value: 0 <= value < 1, ("momentum",)),
+)
 
 
 def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
     """What every stage with gradients has: numbers in their ranges, optimiser, schedule, sampler, loss."""
-    for key, value in vars(stage).items():
-        high = 1 if key == "momentum" else math.inf
-        low = "> 0" if key in _POSITIVE else ">= 0" if key in _NOT_NEGATIVE else None
-        if low and value is not None and not (0 <= value < high and (value or low == ">= 0")):
-            raise MislasError(f"{name}.{key} must be {low} and {'< 1' if high == 1 else 'finite'}, got {value!r}")
+    for said, holds, keys in _RANGES:
+        for key in keys:
+            value = getattr(stage, key, None)
+            if value is not None and not holds(value):
+                raise MislasError(f"{name}.{key} must be {said}, got {value!r}")
     if stage.mixup is not None and not 0 < stage.mixup < math.inf:
         raise MislasError(f"{name}.mixup is alpha > 0, or null for no mixup, got {stage.mixup!r}")
     if stage.schedule not in SCHEDULES:
@@ -581,6 +593,8 @@ def _check_few_shot(stage: FewShot) -> None:
 
 
 def _check_memory(stage: Memory) -> None:
+    if stage.backbone_lr is not None and not 0 < stage.backbone_lr < math.inf:
+        raise MislasError(f"stage2.backbone_lr must be > 0, or null to freeze the backbone, got {stage.backbone_lr!r}")
     if stage.attention and stage.backbone_lr is None:
         raise MislasError("stage2.attention is learned with the backbone: set stage2.backbone_lr, or attention=false")
 

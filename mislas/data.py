@@ -380,16 +380,16 @@ def load(
 
 def available(name: str, data_root: str | os.PathLike) -> bool:
     """Whether the files of a dataset are under ``data_root``; they are not opened."""
-    name = dataset_name(name)
+    name, root = dataset_name(name), Path(data_root).expanduser()
     if name in LISTS:
-        return name == "generated" or (Path(data_root) / name).is_dir()
+        return name == "generated" or (root / name).is_dir()
     if SPECS[name].files == "tree":
         try:
-            return bool(_find_place(name, Path(data_root)))
+            return bool(_find_place(name, root))
         except DataError:
             return False
     folders = CIFAR_FOLDERS.get(name)
-    return folders is None or any((Path(data_root) / folder).is_dir() for folder in folders)
+    return folders is None or any((root / folder).is_dir() for folder in folders)
 
 
 #: CIFAR-10's binary version.

@@ -369,7 +369,7 @@ def settings_of(dataset: str) -> Settings:
     """What :data:`SETTINGS` has of a dataset.
 
     Raises:
-        UnknownName: nothing.
+        UnknownName: it has none.
     """
     if dataset not in SETTINGS:
         raise UnknownName(f"no settings to train {dataset} with: add an entry to mislas.methods.SETTINGS")

@@ -193,7 +193,7 @@ def find_weights(checksum: str, data_root: str | os.PathLike | None) -> Path:
     """
     if data_root is None:
         raise RecordError(f"pretrained weights {checksum} need data_root, a folder with weights/*-{checksum}.pth in it")
-    folder = Path(data_root) / "weights"
+    folder = Path(data_root).expanduser() / "weights"
     found = sorted(path for path in folder.glob(f"*-{checksum}.*") if path.suffix in (".pth", ".safetensors"))
     if not found:
         raise RecordError(

@@ -169,7 +169,7 @@ class ImageBatches:
             torch.tensor(values, device=self.device).view(1, 3, 1, 1) for values in (spec.mean, spec.std)
         )
         self.workers = distributed.processors() if workers is None else workers
-        self._idle: list[tuple[list, DataLoader]] = []  # not read from now; two epochs at once take two
+        self._idle: list[tuple[list, DataLoader]] = []  # nobody reads from them; two epochs at once take two
 
     def __len__(self) -> int:
         """Images of the list, not of this rank."""

@@ -335,7 +335,6 @@ def run(
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     store, options = store if isinstance(store, Store) else Store(store), options or Options()
-    data_root = None if data_root is None else Path(data_root).expanduser()
     for config in configs:
         check_classes(config)
     check_together(options, distributed.world())

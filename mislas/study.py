@@ -221,8 +221,7 @@ class Study:
         if profile == "stored" and results_root is not None and not Path(results_root).expanduser().is_dir():
             raise DataError(f"profile 'stored' shows what is in results_root, an existing folder, got {results_root!r}")
         check_overrides(overrides or {})  # a slip stops here, not after an hour
-        self.profile = profile
-        self.data_root = None if data_root is None else Path(data_root).expanduser()
+        self.profile, self.data_root = profile, data_root
         self.seeds = list(seeds) if seeds is not None else None
         self.overrides = dict(overrides or {})
         if profile == "tiny":

@@ -511,7 +511,7 @@ def train_stage2(
         objectives.append(Objective(s, data.class_counts, device))
     batches = batches_of(data, first.stage2, "stage2", first.seed, options)
     features_of = forward(network, first, options)
-    if first.stage2.shift_epochs:
+    if first.stage2.shift_epochs and not (checkpoint and checkpoint.exists()):  # which has what they were moved to
         shift_statistics(configs, network, features_of, data, options)
 
     def on_frozen_features(epoch: int) -> Iterator[list[Tensor]]:

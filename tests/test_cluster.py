@@ -222,7 +222,7 @@ def test_sigterm_ends_the_jobs_too(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 143
+        assert process.wait(timeout=30) == 143
         ended = select.poll()
         ended.register(process.stdin, 0)  # no event but the pipe's end
         assert ended.poll(20_000)

@@ -370,7 +370,7 @@ def test_settings_of_other_methods_are_checked_too(method, changes, message):
         ("fslwf", {"second_sampler": "reverse"}, "stage1.second_sampler must be null"),
         ("fslwf", {"stage2.lr": 0.0}, "stage2.lr must be > 0"),
         ("oltr", {"centroid_weight": -1.0}, "stage2.centroid_weight must be >= 0 and finite, got -1.0"),
-        ("oltr", {"backbone_lr": 0.0}, "stage2.backbone_lr must be > 0 and finite, got 0.0"),
+        ("oltr", {"backbone_lr": 0.0}, "stage2.backbone_lr must be > 0, or null to freeze the backbone, got 0.0"),
         ("oltr", {"backbone_lr": None, "attention": True}, "stage2.attention is learned with the backbone"),
         ("oltr", {"scale": 16.0}, "stage2 needs a linear classifier: stage1.scale"),
         ("ce", {"group": "tail"}, "unknown stage1.group 'tail'. Known: few, many, medium"),

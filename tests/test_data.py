@@ -284,6 +284,12 @@ def test_a_root_that_is_a_tree_is_that_of_a_dataset_with_as_many_classes(root, m
         load("other", root / "tiny", imbalance=1)
 
 
+def test_a_root_may_begin_at_home(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root))
+    assert data.available("tiny", "~")
+    assert_same(load("tiny", "~", imbalance=1), load("tiny", root, imbalance=1))
+
+
 @pytest.mark.parametrize("suffix", [None, ".tar"])
 def test_files_that_change_are_read_again(root, suffix):
     if suffix:

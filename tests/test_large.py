@@ -29,13 +29,6 @@ OPTIONS = Options(device="cpu", progress=False, workers=0)
 QUICK = {"stage1.epochs": 3, "stage2.epochs": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MISLAS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def data():
     return load("generated")

@@ -304,6 +304,9 @@ def test_the_committed_records_are_whole_and_on_the_full_schedule():
             configs = [*wanted(key[0], seeds=[key[2]]), *methods]
             known[key] = {config.id for config in [*configs, *(config.stage1_only for config in configs)]}
         assert record.config.id in known[key]
+        assert record.predictions().correct.mean() == pytest.approx(record.metrics["accuracy"], abs=1e-6)
+        # confidences are stored in steps of 1 / 65535: one of 10,000 may change its bin, and both bins' gaps by 1e-4
+        assert record.predictions().reliability().ece == pytest.approx(record.metrics["ece"], abs=2e-4)
         stage = record.config.stage2 or record.config.stage1
         assert record.history[-1]["epoch"] == (0 if isinstance(stage, Adjustment) else stage.epochs)
         assert not record.provenance["commit"].endswith("+changes")

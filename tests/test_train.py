@@ -241,16 +241,22 @@ def test_the_history_has_rates_losses_and_what_the_callback_finds(digits, option
     assert history[0]["train_loss"] > history[-1]["train_loss"] > 0
 
 
+def untrained(config):
+    """The network and the classifier that Stage-1 starts from, in training mode."""
+    network, head = backbone("resnet8").train(), nn.Linear(64, 10)
+    generator = torch_rng(config.seed, "init")
+    init_kaiming(network, generator)
+    init_kaiming(head, generator)
+    return network, head
+
+
 def test_stage1_with_mixup_is_sgd_on_mixed_images_and_labels(digits, options):
     """Against a loop of its own: labels mixed as vectors, torch's SGD, the rates of a warm-up over 2 epochs.
 
     The rate is low, so that rounding does not grow from step to step.
     """
     config = digits_config("mixup", epochs=2, lr=2e-3, weight_decay=0.05)
-    network, head = backbone("resnet8").train(), nn.Linear(64, 10)
-    generator = torch_rng(config.seed, "init")
-    init_kaiming(network, generator)
-    init_kaiming(head, generator)
+    network, head = untrained(config)
     optimizer = torch.optim.SGD([*network.parameters(), *head.parameters()], 1, 0.9, weight_decay=0.05, foreach=False)
     images = Images(digits.train_images, digits.spec.mean, digits.spec.std, padding=1)
     one_hot, targets, expected = torch.eye(10)[digits.train_targets], digits.train_targets.numpy(), []
@@ -386,14 +392,11 @@ def test_a_metric_loss_of_weight_0_is_cross_entropy_alone_and_otherwise_it_count
 def test_a_metric_loss_is_added_with_its_weight(digits, options):
     """At a rate that changes nothing, an epoch's loss is its batches' mean, for the network that it begins with."""
     config = digits_config("lifted", epochs=1, lr=1e-12, weight_decay=0.0, metric_weight=0.3)
-    network, head = stage1_model("resnet8", 10)
-    generator = torch_rng(config.seed, "init")
-    init_kaiming(network, generator)
-    init_kaiming(head, generator)
+    network, head = untrained(config)
     total = 0.0
     for batch in batches_of(digits, config.stage1, "stage1", config.seed, options).epoch(0):
         with torch.no_grad():
-            features = network.train()(batch.images)
+            features = network(batch.images)
             loss = F.cross_entropy(head(features), batch.targets) + 0.3 * METRICS["lifted"](features, batch.targets)
         total += loss.item() * len(batch.targets)
     (row,) = train_stage1(config, digits, options).histories[0]
@@ -537,6 +540,19 @@ def test_statistics_that_are_shifted_first_stay_while_the_classifier_learns(digi
     train_stage2(configs, stage1, digits, options)
     assert not torch.equal(stage1[0].bn.running_mean, before["bn.running_mean"])
     assert_equal(stage1[0].state_dict(), moved[0].state_dict())
+
+
+def test_a_resumed_stage2_does_not_shift_again(digits, options, stage1, tmp_path, killed, monkeypatch):
+    """The checkpoint has the statistics."""
+    config = digits_config("crt", shift_epochs=1, **{"stage2.epochs": 2})
+    whole = train_stage2([config], copy.deepcopy(stage1), digits, options)
+    path, steps = tmp_path / "run.ckpt", -(-len(digits.train_targets) // config.stage2.batch_size)
+    with killed(2 * steps + 1):  # in the second epoch after that of the shift
+        train_stage2([config], copy.deepcopy(stage1), digits, replace(options, checkpoint_every=0), path)
+    monkeypatch.setattr(mislas.train, "shift_statistics", None)
+    resumed = train_stage2([config], stage1, digits, options, path)
+    for one, two in zip((whole.backbone, *whole.heads), (resumed.backbone, *resumed.heads), strict=True):
+        assert_equal(one.state_dict(), two.state_dict())
 
 
 def test_shifted_statistics_are_the_exponential_average_over_batches(digits, options, stage1):

@@ -511,8 +511,10 @@ def train_stage2(
         objectives.append(Objective(s, data.class_counts, device))
     batches = batches_of(data, first.stage2, "stage2", first.seed, options)
     features_of = forward(network, first, options)
+    started = time.monotonic()
     if first.stage2.shift_epochs and not (checkpoint and checkpoint.exists()):  # which has what they were moved to
         shift_statistics(configs, network, features_of, data, options)
+    shifting = time.monotonic() - started
 
     def on_frozen_features(epoch: int) -> Iterator[list[Tensor]]:
         for batch in batches.epoch(epoch):
@@ -523,7 +525,7 @@ def train_stage2(
     return alone(_loop(
         list(configs), "stage2", network, heads, groups, on_frozen_features,
         data, options, checkpoint, evaluate,
-        train_mode=first.stage2.shift_bn,
+        train_mode=first.stage2.shift_bn, seconds=shifting,
     ))  # fmt: skip
 
 
@@ -612,8 +614,12 @@ def _loop(
     evaluate: Callable | None,
     train_mode: bool,
     together: int = 1,
+    seconds: float = 0.0,
 ) -> Run:
     """Optimise heads (and what else is in ``groups``) on the losses that ``steps(epoch)`` yields, one per head.
+
+    Args:
+        seconds: what the runs took so far; a checkpoint knows it already.
 
     Raises:
         Diverged: a run did. Its checkpoint, if it has one, is of an epoch before.
@@ -628,7 +634,7 @@ def _loop(
     network.train(train_mode)
 
     images = len(data.train_targets)
-    state = _State(network, heads, optimizers, data.checksum, histories=[[] for _ in configs], together=together)
+    state = _State(network, heads, optimizers, data.checksum, [[] for _ in configs], seconds=seconds, together=together)
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, configs)
     learned_alone = [p for head in heads for p in head.parameters() if p.requires_grad]

@@ -555,6 +555,16 @@ def test_a_resumed_stage2_does_not_shift_again(digits, options, stage1, tmp_path
         assert_equal(one.state_dict(), two.state_dict())
 
 
+def test_the_seconds_of_a_run_count_its_shift_once(digits, options, stage1, tmp_path, killed, monkeypatch):
+    config, path = digits_config("crt", shift_epochs=1, **{"stage2.epochs": 2}), tmp_path / "run.ckpt"
+    monkeypatch.setattr(mislas.train, "shift_statistics", lambda *_: time.sleep(1))
+    steps = -(-len(digits.train_targets) // config.stage2.batch_size)
+    with killed(steps + 1):
+        train_stage2([config], copy.deepcopy(stage1), digits, replace(options, checkpoint_every=0), path)
+    monkeypatch.setattr(mislas.train, "shift_statistics", None)
+    assert train_stage2([config], stage1, digits, options, path).seconds > 1
+
+
 def test_shifted_statistics_are_the_exponential_average_over_batches(digits, options, stage1):
     network = stage1[0]
     mean, var = (getattr(network.bn, f"running_{name}").double().numpy() for name in ("mean", "var"))

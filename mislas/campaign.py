@@ -33,7 +33,11 @@ WEIGHT_DECAY = {
     "5e-4 in Stage-1": {"stage1.weight_decay": 5e-4},
     "5e-4 in Stage-2": {"stage2.weight_decay": 5e-4},
 }
-HELD_OUT = ("temperature", "temperature+mixup")
+HELD_OUT = tuple(
+    f"{method}{end}"
+    for method in ("temperature", "vector-scaling", "logit-adjustment+temperature")
+    for end in ("", "+mixup")
+)
 
 #: Table 1's last rows: mixup in Stage-2, too.
 STAGE2_MIXUP = {"stage2.mixup": 1.0}

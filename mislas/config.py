@@ -16,7 +16,8 @@ from .data import LISTS, dataset_name, spec_of, training_images
 from .errors import MislasError, unknown
 from .losses import LOSSES, SMOOTHING, check_smoothing
 from .metric import METRICS
-from .models import DELTAS, STAGES, check_backbone
+from .models import BACKBONES, CIFAR_RESNETS, DELTAS, STAGES
+from .rules import RULES
 from .samplers import SAMPLERS
 
 #: Steps of a schedule: shares of the epochs after which the rate is multiplied, and by what; None is cosine, to 0.
@@ -24,7 +25,6 @@ SCHEDULES = {"multistep": ((0.8, 0.9), 0.1), "multistep-bbn": ((0.6, 0.8), 0.01)
 PRECISIONS = ("fp32", "bf16")
 MIXES = ("remix", "cutmix")
 GROUPS = ("many", "medium", "few")
-RULES = ("tau_norm", "ncm", "logit_adjustment", "temperature")
 
 # A field whose value is None is "off" and is left out of the canonical form. A field added later starts as None, so
 # that the identities of runs measured before it stay what they were.
@@ -149,9 +149,11 @@ class Adjustment:
     """Stage-2 without gradients: Stage-1's classifier, changed by a rule (:mod:`mislas.adjust`).
 
     Attributes:
-        rule: ``"tau_norm"``, ``"ncm"`` (nearest class mean), ``"logit_adjustment"`` or ``"temperature"``.
-        value: tau of tau-normalisation (>= 0) or of logit adjustment (>= 0), or the temperature (> 0). None: chosen on
-            the images that Stage-1 held out. ``"ncm"`` has none.
+        rule: name in :data:`mislas.rules.RULES`: ``"tau_norm"``, ``"ncm"`` (nearest class mean),
+            ``"logit_adjustment"``, ``"temperature"``, ``"adjusted_temperature"`` (logit adjustment, tau 1, then a
+            temperature), ``"vector_scaling"``.
+        value: tau of tau-normalisation (>= 0) or of logit adjustment (>= 0), or the temperature (>= 0.001). None:
+            chosen on the images that Stage-1 held out. Other rules have none.
         shift_epochs: epochs of class-balanced batches that first move batch norm's running statistics (section 3.3).
         shift_sampler: name in :data:`mislas.samplers.SAMPLERS`, in place of class-balanced batches.
     """
@@ -249,16 +251,19 @@ class RunConfig:
             _check_n_max(self)
             if self.n_max == spec_of(self.dataset).train_per_class:  # all there are: the same run as without
                 object.__setattr__(self, "n_max", None)
-        check_backbone(self.backbone)
+        if self.backbone not in BACKBONES:
+            unknown("backbone", self.backbone, BACKBONES)
         if not (isinstance(self.seed, int) and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
         if self.precision not in PRECISIONS:
             unknown("precision", self.precision, PRECISIONS)
         _check_stage("stage1", self.stage1)
         _check_stage1(self.stage1)
-        if self.stage1.weights is not None and int(self.backbone.removeprefix("resnet")) not in STAGES:
-            names = ", ".join(f"resnet{depth}" for depth in STAGES)
+        if self.stage1.weights is not None and self.backbone not in STAGES:
+            names = ", ".join(STAGES)
             raise MislasError(f"stage1.weights needs one of torchvision's backbones ({names}), got {self.backbone!r}")
+        if self.stage1.second_sampler is not None and self.backbone not in (*CIFAR_RESNETS, *STAGES):
+            raise MislasError(f"stage1.second_sampler doubles the last block of a ResNet, got {self.backbone!r}")
         if isinstance(self.stage2, Adjustment):
             _check_adjustment(self.stage2, self.stage1)
         elif self.stage2 is not None:
@@ -439,7 +444,7 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
             after |= {"remix_kappa": None, "remix_tau": None}
     if isinstance(stage, Memory) and after["backbone_lr"] is None and "attention" not in new:
         after["attention"] = False
-    if isinstance(stage, Adjustment) and after["rule"] == "ncm":
+    if isinstance(stage, Adjustment) and after["rule"] in RULES and RULES[after["rule"]].choose is None:
         after["value"] = None
     if isinstance(stage, Stage1 | Stage2):
         spec = LOSSES.get(after["loss"])
@@ -602,14 +607,20 @@ def _check_memory(stage: Memory) -> None:
 def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:
     if stage.rule not in RULES:
         unknown("stage2.rule", stage.rule, RULES)
-    least = 1e-3 if stage.rule == "temperature" else 0
-    if stage.value is not None and (stage.rule == "ncm" or not least <= stage.value < math.inf):
+    rule = RULES[stage.rule]
+    if stage.value is not None and rule.choose is None:
         raise MislasError(
-            f"stage2.value is tau >= 0 of 'tau_norm' and 'logit_adjustment', or the temperature >= 0.001; "
-            f"got {stage.value!r} for {stage.rule!r}"
+            f"stage2.value goes with a rule that has one: leave it out, got {stage.value!r} for {stage.rule!r}"
         )
-    if stage.value is None and stage.rule != "ncm" and stage1.holdout is None:
+    if stage.value is not None and not rule.least <= stage.value < math.inf:
+        raise MislasError(
+            f"stage2.value of {stage.rule!r} must be >= {rule.least:g} and finite, or null to choose it on held-out "
+            f"images; got {stage.value!r}"
+        )
+    if rule.choose is not None and stage.value is None and stage1.holdout is None:
         raise MislasError(f"{stage.rule!r} chooses its value on held-out images: set stage1.holdout, or stage2.value")
+    if rule.holds_out and stage1.holdout is None:
+        raise MislasError(f"{stage.rule!r} is fitted to held-out images: set stage1.holdout")
     _check_shift(stage)
 
 

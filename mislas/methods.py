@@ -347,6 +347,24 @@ AFTER_TRAINING: dict[str, Method] = {
         "mixup+TS", "Divide the logits of a model trained with mixup by a temperature, chosen on held-out images.",
         GUO, (), r"z / T", True, 1.0, HOLDOUT, dict(rule="temperature"),
     ),
+    "logit-adjustment+temperature": Method(
+        "Logit adjustment+TS", "Adjust the plain model's logits to balanced classes, then divide by a temperature.",
+        f"{MENON}; {GUO}", (), r"(z_k - \log \pi_k) / T", stage1=HOLDOUT, stage2=dict(rule="adjusted_temperature"),
+    ),
+    "logit-adjustment+temperature+mixup": Method(
+        "Logit adjustment+mixup+TS",
+        "Adjust the logits of a model trained with mixup to balanced classes, then divide by a temperature.",
+        f"{MENON}; {GUO}", (), r"(z_k - \log \pi_k) / T", True, 1.0, HOLDOUT, dict(rule="adjusted_temperature"),
+    ),
+    "vector-scaling": Method(
+        "CE+vector scaling", "Scale and shift each logit of the plain model, as is likeliest on held-out images.",
+        GUO, (), r"a_k z_k + c_k", stage1=HOLDOUT, stage2=dict(rule="vector_scaling"),
+    ),
+    "vector-scaling+mixup": Method(
+        "mixup+vector scaling",
+        "Scale and shift each logit of a model trained with mixup, as is likeliest on held-out images.",
+        GUO, (), r"a_k z_k + c_k", True, 1.0, HOLDOUT, dict(rule="vector_scaling"),
+    ),
 }  # fmt: skip
 
 THE_PAPER: dict[str, Method] = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -95,46 +97,72 @@ def use_float32_products(network: nn.Module) -> nn.Module:
 
 #: The CIFAR family (He et al., 2016, 4.2), and torchvision's ResNets by their blocks in each of four stages. ResNet-10
 #: is the long-tailed literature's (Liu et al., 2019): one basic block a stage. Depths 50 and 152 are torchvision's.
-CIFAR_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+CIFAR_RESNETS = {f"resnet{depth}": depth for depth in (8, 14, 20, 32, 44, 56, 110)}
 STAGES = {
-    10: (1, 1, 1, 1),
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
+    "resnet10": (1, 1, 1, 1),
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
 }
-BACKBONES = tuple(f"resnet{depth}" for depth in sorted((*CIFAR_DEPTHS, *STAGES)))
 
 
-def check_backbone(name: str) -> None:
-    """Raise :class:`MislasError` for a name that :func:`backbone` does not know; nothing is built."""
-    if name not in BACKBONES:
-        unknown("backbone", name, BACKBONES)
-
-
-def backbone(name: str) -> nn.Module:
-    """A backbone by name: images ``(B, 3, H, W)`` to features ``(B, num_features)``.
-
-    - ``resnet8``, ``14``, ``20``, ``32`` (the paper's on CIFAR), ``44``, ``56``, ``110``: :class:`CifarResNet`, with 64
-      features.
-    - ``resnet10``, ``18``, ``34`` (basic blocks, 512 features) and ``resnet50``, ``101``, ``152`` (bottlenecks, 2048):
-      torchvision's ResNet without its ``fc``, for images of some 64 pixels and more. ``state_dict`` has torchvision's
-      names, so its pretrained weights fit; see :func:`load_backbone_weights`.
-
-    Raises:
-        MislasError: an unknown name.
-    """
-    check_backbone(name)
-    depth = int(name.removeprefix("resnet"))
-    if depth in CIFAR_DEPTHS:
-        return CifarResNet(depth)
+def torchvision_resnet(name: str) -> nn.Module:
+    """torchvision's ResNet, one of :data:`STAGES`, without its ``fc``. ``state_dict`` has torchvision's names, so its
+    pretrained weights fit; see :func:`load_backbone_weights`."""
     from torchvision.models import resnet
 
-    network = resnet.ResNet(resnet.BasicBlock if depth < 50 else resnet.Bottleneck, list(STAGES[depth]))
+    block = resnet.BasicBlock if name in ("resnet10", "resnet18", "resnet34") else resnet.Bottleneck
+    network = resnet.ResNet(block, list(STAGES[name]))
     network.num_features = network.fc.in_features
     network.fc = nn.Identity()
     return network
+
+
+#: What builds each backbone: images ``(B, 3, H, W)`` to features ``(B, num_features)``, a number that it has as an
+#: attribute. One of your own is one more entry.
+#:
+#: - ``resnet8``, ``14``, ``20``, ``32`` (the paper's on CIFAR), ``44``, ``56``, ``110``: :class:`CifarResNet`, with 64
+#:   features.
+#: - ``resnet10``, ``18``, ``34`` (basic blocks, 512 features) and ``resnet50``, ``101``, ``152`` (bottlenecks, 2048):
+#:   :func:`torchvision_resnet`, for images of some 64 pixels and more.
+#:
+#: :meta hide-value:
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    name: functools.partial(CifarResNet, depth) for name, depth in CIFAR_RESNETS.items()
+} | {name: functools.partial(torchvision_resnet, name) for name in STAGES}
+
+
+def backbone(name: str) -> nn.Module:
+    """A network of :data:`BACKBONES`, its weights random.
+
+    Raises:
+        MislasError: an unknown name, or a network that does not say how many features it has.
+    """
+    if name not in BACKBONES:
+        unknown("backbone", name, BACKBONES)
+    network = BACKBONES[name]()
+    if not isinstance(getattr(network, "num_features", None), int):
+        raise MislasError(
+            f"backbone {name!r} must say how many features an image gets, (B, 3, H, W) to (B, num_features): give the "
+            "network an attribute num_features"
+        )
+    return network
+
+
+def batch_norms(network: nn.Module) -> list[nn.Module]:
+    """The batch-norm layers of a network, in order."""
+    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
+
+
+def check_batch_norm(network: nn.Module) -> None:
+    """Raise :class:`MislasError` if there is no batch norm to shift."""
+    if not batch_norms(network):
+        raise MislasError(
+            "the backbone has no batch norm whose statistics could shift: set stage2.shift_bn=false, and leave out "
+            "stage2.shift_epochs"
+        )
 
 
 def load_backbone_weights(network: nn.Module, path: str | os.PathLike) -> list[str]:
@@ -220,8 +248,7 @@ def freeze_but_last_block(network: nn.Module) -> list[str]:
         MislasError: a backbone that is not one of torchvision's.
     """
     if not hasattr(network, "layer4"):
-        names = ", ".join(f"resnet{depth}" for depth in STAGES)
-        raise MislasError(f"only a pretrained ResNet can be frozen but for its last block: one of {names}")
+        raise MislasError(f"only a pretrained ResNet can be frozen but for its last block: one of {', '.join(STAGES)}")
     network.requires_grad_(False)
     network.layer4[-1].requires_grad_(True)
     return [name for name, parameter in network.named_parameters() if parameter.requires_grad]

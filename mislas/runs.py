@@ -43,7 +43,7 @@ from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
 from .lists import ListDataset
 from .memory import train_memory
-from .models import GeneralisedClassifier, find_weights, native_bfloat16, stage1_model
+from .models import GeneralisedClassifier, batch_norms, find_weights, native_bfloat16, stage1_model
 from .together import check_together, side_by_side, train_together
 from .train import Options, OutOfTime, Trained, plain_images, stage1_run, train_stage1, train_stage2
 
@@ -553,11 +553,11 @@ def finish(
 
 
 def batch_norm_statistics(network: nn.Module) -> dict[str, np.ndarray]:
-    """Running mean and variance of the first and the last batch-norm layer (Figure 6)."""
-    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    """Running mean and variance of the first and the last batch-norm layer (Figure 6); nothing if there is none."""
+    layers = batch_norms(network)
     return {
         f"bn_{place}_{name}": getattr(layer, f"running_{name}").cpu().numpy()
-        for place, layer in (("first", layers[0]), ("last", layers[-1]))
+        for place, layer in zip(("first", "last"), (layers[:1] + layers[-1:]), strict=False)
         for name in ("mean", "var")
     }
 

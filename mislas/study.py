@@ -282,7 +282,7 @@ class Study:
         if self.profile == "tiny" or "backbone" in self.overrides:
             backbones = [self.configs(dataset, "ce", None)[0].backbone]
         full = f", {self.configs(dataset, 'ce')[0].stage1.epochs} epochs" * bool(short)
-        return short | {f"ResNet-{name.removeprefix('resnet')}{full}": {"backbone": name} for name in backbones}
+        return short | {f"{name.replace('resnet', 'ResNet-')}{full}": {"backbone": name} for name in backbones}
 
     def neighbours(self, dataset: str) -> dict[str, str]:
         """What to show beside one of the paper's datasets: names and titles; see :data:`NEIGHBOURS`.

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from .config import RunConfig
 from .data import LISTS, spec_of
 from .errors import MislasError
-from .models import CIFAR_DEPTHS, CifarResNet, Float32Products, use_float32_products
+from .models import CIFAR_RESNETS, CifarResNet, Float32Products, use_float32_products
 from .train import Forward, Options, OutOfTime, Run, Trained, autocast
 
 
@@ -29,8 +29,8 @@ def kind(config: RunConfig) -> tuple | None:
     Together train Stage-1 runs of one CIFAR ResNet, with one branch and without experts, on images of one size that are
     held in memory, in equal batches, at one precision. Imbalance factor, seed, mixup, loss and schedule are each run's.
     """
-    stage, depth = config.stage1, int(config.backbone.removeprefix("resnet"))
-    if config.stage2 is not None or depth not in CIFAR_DEPTHS or config.dataset in LISTS:
+    stage = config.stage1
+    if config.stage2 is not None or config.backbone not in CIFAR_RESNETS or config.dataset in LISTS:
         return None
     if stage.second_sampler is not None or stage.distillation is not None:
         return None

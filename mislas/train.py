@@ -33,6 +33,7 @@ from .methods import loss_for
 from .metric import METRICS
 from .models import (
     GeneralisedClassifier,
+    check_batch_norm,
     freeze_but_last_block,
     init_kaiming,
     load_backbone_weights,
@@ -422,10 +423,12 @@ def stage1_run(
         data, held = data.hold_out(stage.holdout)
     if stage.group is not None:
         data = of_group(data, whole.groups, stage.group)
-    network, head = stage1_model(
-        config.backbone, data.num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
-    )
     generator = torch_rng(config.seed, "init")
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(generator.initial_seed())  # for what is no convolution or linear layer
+        network, head = stage1_model(
+            config.backbone, data.num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
+        )
     init_kaiming(network, generator)
     init_kaiming(head, generator)
     if stage.weights is not None:
@@ -492,7 +495,7 @@ def train_stage2(
             requires gradients any more; and its batch norm is changed if the runs shift it. Nothing else is.
 
     Raises:
-        MislasError: runs that do not see the same features, or one that diverged.
+        MislasError: runs that do not see the same features, one that diverged, or a shift without batch norm.
         OutOfTime: the deadline of the options is near.
     """
     if len({config.shared_pass for config in configs}) != 1:
@@ -511,6 +514,8 @@ def train_stage2(
         objectives.append(Objective(s, data.class_counts, device))
     batches = batches_of(data, first.stage2, "stage2", first.seed, options)
     features_of = forward(network, first, options)
+    if first.stage2.shift_bn:
+        check_batch_norm(network)
     started = time.monotonic()
     if first.stage2.shift_epochs and not (checkpoint and checkpoint.exists()):  # which has what they were moved to
         shift_statistics(configs, network, features_of, data, options)
@@ -542,9 +547,13 @@ def shift_statistics(
     Args:
         configs: runs with equal :attr:`RunConfig.shared_pass`, whose ``stage2`` has ``shift_epochs``.
         features_of: what sends a batch through ``network``; see :func:`forward`.
+
+    Raises:
+        MislasError: a network without batch norm.
     """
     config = configs[0]
     epochs = config.stage2.shift_epochs
+    check_batch_norm(network)
     plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
     batches = batches_of(data, plain, "shift", config.seed, options)
     network.train()

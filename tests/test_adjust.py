@@ -4,26 +4,29 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 from sklearn.metrics import balanced_accuracy_score, log_loss
 from sklearn.neighbors import NearestCentroid
 from torch import nn
 
-from mislas.adjust import (
-    adjust,
-    best_tau,
-    best_temperature,
-    class_balanced_mean,
-    logit_adjusted,
-    nearest_class_mean,
-    tau_normalised,
-    temperature_scaled,
-)
+from mislas.adjust import adjust
 from mislas.augment import Images
 from mislas.data import SPECS
 from mislas.errors import MislasError
 from mislas.evaluate import predict
+from mislas.losses import class_balanced_mean
 from mislas.methods import configure
+from mislas.rules import (
+    RULES,
+    Rule,
+    best_tau,
+    best_temperature,
+    logit_adjusted,
+    nearest_class_mean,
+    tau_normalised,
+    temperature_scaled,
+    vector_scaled,
+)
 from mislas.train import batches_of, train_stage1
 
 rng = np.random.default_rng(0)
@@ -104,6 +107,29 @@ def test_the_best_temperature_is_scipys_and_scikit_learns():
     assert best_temperature(logits, LABELS) == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_best_scale_and_shift_of_each_logit_are_scipys_and_scikit_learns(classifier):
+    targets = np.concatenate([TARGETS[:50], TARGETS[-1:], TARGETS[:5]])  # a few wrong ones: the likeliest is finite
+    weights = 1 / np.bincount(targets)[targets]
+    logits = classifier(FEATURES).detach().double().numpy()
+
+    def loss(x):
+        z = logits * x[:3] + x[3:]
+        p = np.exp(z - z.max(axis=1, keepdims=True))
+        return log_loss(targets, p / p.sum(axis=1, keepdims=True), sample_weight=weights)
+
+    start = np.repeat([1.0, 0.0], 3)
+    best = minimize(loss, start, method="BFGS", options={"gtol": 1e-7}).fun
+    head = vector_scaled(classifier, FEATURES, torch.from_numpy(targets))
+    found = head(FEATURES).detach().double().softmax(1).numpy()
+    assert log_loss(targets, found, sample_weight=weights) == pytest.approx(best, rel=1e-6)
+    assert best < loss(start) - 0.1
+    a, c = (numpy(head)[0] / numpy(classifier)[0]), numpy(head)[1]
+    np.testing.assert_allclose(a, a[:, :1].repeat(5, axis=1), rtol=1e-4)  # each logit has a scale of its own
+    np.testing.assert_allclose(
+        head(FEATURES).detach(), logits * a[:, 0] + c - a[:, 0] * numpy(classifier)[1], atol=1e-4
+    )
+
+
 def test_the_temperature_of_calibrated_logits_is_1():
     p = torch.tensor([[0.7, 0.3]]).repeat(100, 1)
     targets = torch.tensor([0] * 70 + [1] * 30)
@@ -142,7 +168,14 @@ def test_rules_share_a_pass_and_leave_stage1_alone(digits, held, options):
     before = copy.deepcopy(held[0].state_dict())
     configs = [
         configure("digits", method, 50, overrides={"epochs": 6, "holdout": 0.1})
-        for method in ("temperature", "tau-norm", "ncm", "logit-adjustment")
+        for method in (
+            "temperature",
+            "tau-norm",
+            "ncm",
+            "logit-adjustment",
+            "vector-scaling",
+            "logit-adjustment+temperature",
+        )
     ]
     assert len({config.shared_pass for config in configs}) == 1
     trained = adjust(configs, copy.deepcopy(held), digits, options)
@@ -151,10 +184,53 @@ def test_rules_share_a_pass_and_leave_stage1_alone(digits, held, options):
     chosen = [history[0].get("value") for history in trained.histories]
     assert chosen[0] > 0
     assert 0 <= chosen[1] <= 2
-    assert chosen[2:] == [None, 1.0]
+    assert chosen[2:5] == [None, 1.0, None]
     test = Images(digits.test_images, digits.spec.mean, digits.spec.std, padding=0)
-    raw, scaled, *_ = predict(trained.backbone, [held[1], *trained.heads], test)
+    raw, scaled, *_, adjusted_and_scaled = predict(trained.backbone, [held[1], *trained.heads], test)
     torch.testing.assert_close(scaled, raw / chosen[0], atol=1e-4, rtol=1e-4)
+    train, which = digits.hold_out(0.1)
+    prior = torch.tensor(train.class_counts) / sum(train.class_counts)
+    torch.testing.assert_close(adjusted_and_scaled, (raw - prior.log()) / chosen[5], atol=1e-4, rtol=1e-4)
+    images = Images(digits.train_images[which], digits.spec.mean, digits.spec.std, padding=0)
+    (logits,) = predict(trained.backbone, [held[1]], images)
+    assert chosen[5] == pytest.approx(best_temperature(logits - prior.log(), digits.train_targets[which]), rel=1e-4)
+
+
+def test_vector_scaling_is_fitted_to_the_images_held_out_and_class_means_to_the_others(digits, held, options):
+    configs = [
+        configure("digits", method, 50, overrides={"epochs": 6, "holdout": 0.1}) for method in ("vector-scaling", "ncm")
+    ]
+    trained = adjust(configs, copy.deepcopy(held), digits, options)
+    train, which = digits.hold_out(0.1)
+    out = digits.train_images[which], digits.train_targets[which]
+    for head, rule, (images, targets) in zip(
+        trained.heads,
+        (lambda *seen: vector_scaled(held[1], *seen), lambda *seen: nearest_class_mean(*seen, 10)),
+        (out, (train.train_images, train.train_targets)),
+        strict=True,
+    ):
+        plain = Images(images, digits.spec.mean, digits.spec.std, padding=0)
+        expected = rule(predict(trained.backbone, [nn.Identity()], plain)[0], targets)
+        torch.testing.assert_close(head.weight, expected.weight, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(head.bias, expected.bias, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rule_of_ones_own_is_one_more_entry(digits, held, options, monkeypatch):
+    def shouting(known, value):
+        head = copy.deepcopy(known.classifier)
+        head.bias.data[known.class_counts.index(min(known.class_counts))] += value
+        return head
+
+    monkeypatch.setitem(RULES, "shouting", Rule(shouting, choose=lambda known: float(len(known.held_out()[1]))))
+    with pytest.raises(MislasError, match=r"stage2.value of 'shouting' must be >= 0 and finite, .* got -1.0"):
+        configure("digits", "temperature", 50, overrides={"rule": "shouting", "value": -1.0})
+    changes = {"epochs": 6, "rule": "shouting"}
+    configs = [configure("digits", "temperature", 50, overrides=changes | more) for more in ({}, {"value": 7.0})]
+    trained = adjust(configs, copy.deepcopy(held), digits, options)
+    held_out = len(digits.hold_out(0.1)[1])
+    assert [history[0]["value"] for history in trained.histories] == [held_out, 7.0]
+    moved = [(head.bias - held[1].bias).tolist() for head in trained.heads]
+    assert moved == [pytest.approx([0.0] * 9 + [value]) for value in (held_out, 7.0)]
 
 
 @pytest.mark.parametrize("sampler", [None, "instance_balanced"])

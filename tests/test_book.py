@@ -21,6 +21,8 @@ from mislas.data import LISTS, SPECS
 from mislas.errors import DataError
 from mislas.losses import LOSSES
 from mislas.methods import METHODS, SETTINGS
+from mislas.models import BACKBONES
+from mislas.rules import RULES
 from mislas.samplers import SAMPLERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +133,7 @@ def test_the_cells_of_a_page_run_and_are_shown(page, monkeypatch):
 @pytest.fixture
 def registries():
     """What a page registers is gone after the test."""
-    known = (METHODS, LOSSES, SAMPLERS, SPECS, LISTS, SETTINGS)
+    known = (METHODS, LOSSES, SAMPLERS, RULES, BACKBONES, SPECS, LISTS, SETTINGS)
     before = [dict(registry) for registry in known]
     yield
     for registry, old in zip(known, before, strict=True):
@@ -143,12 +145,15 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     book, registries, hand_over, tmp_path, monkeypatch, capsys
 ):
     page = book.text(Path("book/add-a-method.md"))
-    (cell,) = CELL.findall(page)
+    cell, rule_and_backbone = CELL.findall(page)
     assert len([line for line in cell.splitlines() if line.strip()]) < 30
     space = {}
     table = execute(cell, space)
     assert list(table.frame.index) == ["CE", "Mine", "cRT"]
     assert float(table.frame.loc["Mine", ("IF 10", "tiny")]) > 50
+    measured = execute(rule_and_backbone, space).frame
+    assert list(measured.index) == ["CE", "CE+TS", "Calm"]
+    assert (measured["accuracy"].astype(float) > 50).all()
     in_full, ending = scripts(page)
     monkeypatch.chdir(tmp_path)  # where no data are: it gets as far as that
     with pytest.raises(DataError, match="cannot read cifar10 under data"):

@@ -156,6 +156,10 @@ OLTR = {"centroid_weight": 0.01, "backbone_lr": 0.1, "attention": True}
         ("tau-norm", {"holdout": 0.1}),
         ("temperature", {"holdout": 0.1}),
         ("temperature+mixup", {"mixup": 1.0, "holdout": 0.1}),
+        ("logit-adjustment+temperature", {"holdout": 0.1}),
+        ("logit-adjustment+temperature+mixup", {"mixup": 1.0, "holdout": 0.1}),
+        ("vector-scaling", {"holdout": 0.1}),
+        ("vector-scaling+mixup", {"mixup": 1.0, "holdout": 0.1}),
     ],
 )
 def test_stage1_is_the_plain_models_but_for_the_recipe_of_its_source(method, recipe):
@@ -170,6 +174,8 @@ def test_stage1_is_the_plain_models_but_for_the_recipe_of_its_source(method, rec
         ("ncm+shift", {"rule": "ncm", "shift_epochs": 10}),
         ("logit-adjustment", {"rule": "logit_adjustment", "value": 1.0}),
         ("temperature", {"rule": "temperature", "value": None}),
+        ("logit-adjustment+temperature", {"rule": "adjusted_temperature", "value": None}),
+        ("vector-scaling", {"rule": "vector_scaling", "value": None}),
         ("fslwf", {"shots": 5}),
         ("oltr", OLTR),
         ("oltr+lfme", OLTR),

@@ -13,6 +13,7 @@ from mislas.data import SPECS, Dataset, Spec
 from mislas.errors import MislasError, RecordError
 from mislas.methods import configure
 from mislas.models import (
+    BACKBONES,
     BasicBlock,
     CifarResNet,
     CosineClassifier,
@@ -333,6 +334,74 @@ def test_kaiming_weights_have_the_deviation_of_he_and_follow_the_generator():
     assert torch.equal(layers[0].weight, layers[1].weight)
     assert layers[0].weight.std().item() == pytest.approx((2 / 500) ** 0.5, rel=0.01)
     assert not layers[0].bias.any()
+
+
+# ------------------------------------------------------------------------------------------ a backbone of one's own
+
+
+class Patches(nn.Module):
+    """Patches, a mark for each channel, layer norm, their mean: nothing but the convolution is He-normal."""
+
+    def __init__(self, num_features=5):
+        super().__init__()
+        self.num_features = num_features
+        self.cut = nn.Conv2d(3, 5, 4, stride=4)
+        self.mark = nn.Parameter(torch.randn(5, 1, 1))
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, images):
+        return self.norm((self.cut(images) + self.mark).relu().mean(dim=(2, 3)))
+
+
+ON_PATCHES = {"backbone": "patches", "stage1.epochs": 2, "stage2.epochs": 1}
+
+
+def test_a_backbone_of_ones_own_trains_through_both_stages_and_comes_back(monkeypatch, tmp_path, options):
+    monkeypatch.setitem(BACKBONES, "patches", Patches)
+    config = configure("digits", "crt", 10, 0, ON_PATCHES)
+    store = Store(tmp_path)
+    (record,) = run(config, store, None, options)
+    assert record.metrics["nll"] > 0
+    assert not [name for name in record.arrays() if name.startswith("bn_")]
+    network, head = store.get_weights(config.stage1_only, 10)
+    assert isinstance(network, Patches)
+    assert head.in_features == 5
+    assert run(config, store, None, options) == [record]
+
+
+def test_all_its_weights_are_the_seeds(monkeypatch, tmp_path, options):
+    monkeypatch.setitem(BACKBONES, "patches", Patches)
+    found = []
+    for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
+        torch.manual_seed(len(found))
+        config = configure("digits", "ce", 10, seed, {"backbone": "patches", "stage1.epochs": 1, "stage1.lr": 1e-12})
+        before = torch.get_rng_state()
+        run(config, Store(tmp_path / folder), None, options)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(Store(tmp_path / folder).get_weights(config, 10)[0].mark)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("method", ["mislas", "lws+shift", "ncm"])
+def test_without_batch_norm_there_is_nothing_to_shift(monkeypatch, tmp_path, options, method):
+    monkeypatch.setitem(BACKBONES, "patches", Patches)
+    changes = {"stage2.shift_epochs": 1} if method == "ncm" else {}
+    changes |= {k: v for k, v in ON_PATCHES.items() if method != "ncm" or not k.startswith("stage2")}
+    with pytest.raises(MislasError, match=r"no batch norm .* set stage2.shift_bn=false"):
+        run(configure("digits", method, 10, 0, changes), Store(tmp_path), None, options)
+
+
+def test_a_backbone_must_say_how_many_features_it_has(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "patches", lambda: Patches(num_features=None))
+    with pytest.raises(MislasError, match=r"'patches' must say how many features .* num_features"):
+        backbone("patches")
+
+
+def test_only_a_resnet_has_a_last_block_to_double(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "patches", Patches)
+    with pytest.raises(MislasError, match="doubles the last block of a ResNet, got 'patches'"):
+        configure("digits", "bbn", 10, 0, {"backbone": "patches"})
 
 
 # ------------------------------------------------------------------------------- the classifier of equation (4)

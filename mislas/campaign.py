@@ -97,8 +97,9 @@ def wanted(
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) > 1:
             configs += [one(method, first, seed) for method in HELD_OUT]
-        rows, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
-        configs += [one(method, first, seed, changes | more) for method, more in _runs(rows)]
+        brief, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
+        for rows in brief.values():
+            configs += [one(method, first, seed, changes | more) for method, more in _runs(rows)]
     return list({config.id: config for config in configs}.values())
 
 

@@ -49,7 +49,7 @@ def test_overrides_come_before_what_a_run_varies_as_in_a_notebook(tmp_path):
     runs = wanted("cifar10", [100], [1], overrides)
     study = Study("full", tmp_path, tmp_path, seeds=[1], overrides=overrides)
     asked = [(m, {}) for m in TABLE_3] + [("mislas", changes) for changes in GRID + FORMS]
-    asked += [run for row in BRIEF["cifar10"][0].values() for run in row if run]
+    asked += [run for rows in BRIEF["cifar10"][0].values() for row in rows.values() for run in row if run]
     assert {study.configs("cifar10", m, 100, changes)[0].id for m, changes in asked} <= {c.id for c in runs}
     assert runs[2].stage2.eps_1 == 0.25
     cells = {(c.stage2.eps_1, c.stage2.eps_k) for c in runs if c.method == "mislas"}

@@ -33,9 +33,10 @@ WEIGHT_DECAY = {
     "5e-4 in Stage-1": {"stage1.weight_decay": 5e-4},
     "5e-4 in Stage-2": {"stage2.weight_decay": 5e-4},
 }
+NINE_TENTHS = {"stage1.holdout": 0.1}
 HELD_OUT = tuple(
-    f"{method}{end}"
-    for method in ("temperature", "vector-scaling", "logit-adjustment+temperature")
+    method + end
+    for method in ("temperature", "logit-adjustment+temperature", "lws-held-out", "vector-scaling")
     for end in ("", "+mixup")
 )
 
@@ -97,6 +98,7 @@ def wanted(
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) > 1:
             configs += [one(method, first, seed) for method in HELD_OUT]
+            configs += [one(method, first, seed, NINE_TENTHS) for method in ("lws", "lws+mixup")]
         brief, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
         for rows in brief.values():
             configs += [one(method, first, seed, changes | more) for method, more in _runs(rows)]

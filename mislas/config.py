@@ -151,7 +151,7 @@ class Adjustment:
     Attributes:
         rule: name in :data:`mislas.rules.RULES`: ``"tau_norm"``, ``"ncm"`` (nearest class mean),
             ``"logit_adjustment"``, ``"temperature"``, ``"adjusted_temperature"`` (logit adjustment, tau 1, then a
-            temperature), ``"vector_scaling"``.
+            temperature), ``"vector_scaling"``, ``"class_scales"`` (that without a shift: LWS on images held out).
         value: tau of tau-normalisation (>= 0) or of logit adjustment (>= 0), or the temperature (>= 0.001). None:
             chosen on the images that Stage-1 held out. Other rules have none.
         shift_epochs: epochs of class-balanced batches that first move batch norm's running statistics (section 3.3).

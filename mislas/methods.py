@@ -356,6 +356,16 @@ AFTER_TRAINING: dict[str, Method] = {
         "Adjust the logits of a model trained with mixup to balanced classes, then divide by a temperature.",
         f"{MENON}; {GUO}", (), r"(z_k - \log \pi_k) / T", True, 1.0, HOLDOUT, dict(rule="adjusted_temperature"),
     ),
+    "lws-held-out": Method(
+        "LWS, held out", "The scales of LWS, fitted to images that the plain model has not seen.", KANG, (),
+        r"z = \mathrm{diag}(s) W^\top x", stage1=HOLDOUT,
+        stage2=dict(rule="class_scales"),
+    ),
+    "lws-held-out+mixup": Method(
+        "LWS+mixup, held out", "The scales of LWS, fitted to images that a model with mixup has not seen.", KANG, (),
+        r"z = \mathrm{diag}(s) W^\top x", True, 1.0, HOLDOUT,
+        dict(rule="class_scales"),
+    ),
     "vector-scaling": Method(
         "CE+vector scaling", "Scale and shift each logit of the plain model, as is likeliest on held-out images.",
         GUO, (), r"a_k z_k + c_k", stage1=HOLDOUT, stage2=dict(rule="vector_scaling"),

@@ -83,20 +83,21 @@ def best_temperature(logits: Tensor, targets: Tensor) -> float:
     return 1 / inverse.clamp(1e-3, 1e3).item()
 
 
-def vector_scaled(classifier: nn.Linear, features: Tensor, targets: Tensor) -> nn.Linear:
+def vector_scaled(classifier: nn.Linear, features: Tensor, targets: Tensor, shift: bool = True) -> nn.Linear:
     """``a_k z_k + c_k`` with the least negative log-likelihood, classes counting alike (vector scaling, Guo et al.,
     2017, section 4.2). Unlike a temperature it may change predictions.
 
     Args:
         features: of held-out images, ``(N, M)``.
         targets: ``(N,)``; every class has at least one.
+        shift: whether there is a c; without it, this is the classifier of LWS (Kang et al., 2020).
     """
     with torch.no_grad():
         logits = classifier(features).double()
     scale = torch.ones(logits.shape[1], dtype=torch.float64, requires_grad=True)  # the loss is convex in both
-    shift = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=True)
-    _most_likely([scale, shift], lambda: scale * logits + shift, targets)
-    a, c = scale.detach().float(), shift.detach().float()
+    offset = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=shift)
+    _most_likely([scale, offset] if shift else [scale], lambda: scale * logits + offset, targets)
+    a, c = scale.detach().float(), offset.detach().float()
     return _linear(a[:, None] * classifier.weight, a * classifier.bias + c)
 
 
@@ -174,4 +175,5 @@ RULES: dict[str, Rule] = {
     "temperature": _with_temperature(lambda known: known.classifier),
     "adjusted_temperature": _with_temperature(lambda known: logit_adjusted(known.classifier, known.class_counts, 1.0)),
     "vector_scaling": Rule(lambda known: vector_scaled(known.classifier, *known.held_out()), holds_out=True),
+    "class_scales": Rule(lambda known: vector_scaled(known.classifier, *known.held_out(), shift=False), holds_out=True),
 }

@@ -130,6 +130,24 @@ def test_the_best_scale_and_shift_of_each_logit_are_scipys_and_scikit_learns(cla
     )
 
 
+def test_scales_alone_are_likelier_than_any_near_them(classifier):
+    def loss(head):
+        return class_balanced_mean(nn.functional.cross_entropy(head(FEATURES), LABELS, reduction="none"), LABELS).item()
+
+    head = vector_scaled(classifier, FEATURES, LABELS, shift=False)
+    a = numpy(head)[0] / numpy(classifier)[0]
+    np.testing.assert_allclose(a, a[:, :1].repeat(5, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(numpy(head)[1], a[:, 0] * numpy(classifier)[1], rtol=1e-4)
+    least = loss(head)
+    for k in range(3):
+        for factor in (0.9, 1.1):
+            moved = copy.deepcopy(head)
+            moved.weight.data[k] *= factor
+            moved.bias.data[k] *= factor
+            assert loss(moved) > least
+    assert loss(vector_scaled(classifier, FEATURES, LABELS)) < least < loss(classifier)
+
+
 def test_the_temperature_of_calibrated_logits_is_1():
     p = torch.tensor([[0.7, 0.3]]).repeat(100, 1)
     targets = torch.tensor([0] * 70 + [1] * 30)

@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     warnings.showwarning = lambda message, *_: first and print(f"mislas: warning: {message}", file=sys.stderr)
     try:
-        together = distributed.started() if arguments.call in (_train, _campaign) else contextlib.nullcontext()
+        together = contextlib.nullcontext()
+        if arguments.call in (_train, _campaign):
+            together = distributed.started(arguments.device)
         with together, contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
             return arguments.call(arguments) or 0
     except MislasError as error:

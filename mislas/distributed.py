@@ -49,16 +49,20 @@ def processors() -> int:
 
 
 @contextmanager
-def started() -> Iterator[None]:
+def started(device: str | None = None) -> Iterator[None]:
     """Join the processes that ``torchrun`` (or Slurm) has started, and leave them at the end.
 
     They find each other by the environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without them, or
     with a world of one, this is a process on its own.
+
+    Args:
+        device: what they will train on, as :class:`mislas.train.Options` has it; with ``"cpu"`` no GPU is taken.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    if torch.cuda.is_available():
+    on_gpus = torch.cuda.is_available() and device != "cpu"
+    if on_gpus:
         torch.cuda.set_device(local_rank())
     try:
         store, which, of = next(dist.rendezvous("env://"))
@@ -69,7 +73,7 @@ def started() -> Iterator[None]:
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # addresses of processes that died may still be there
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         store=dist.PrefixStore(f"mislas/{attempt}", store), rank=which, world_size=of,
     )  # fmt: skip
     try:

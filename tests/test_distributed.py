@@ -18,7 +18,7 @@ from torch import nn
 from mislas import Options, Store, configure, run
 from mislas.config import Stage1
 from mislas.data import load
-from mislas.distributed import agree, average_gradients, gather, piece, processors, replicate, world
+from mislas.distributed import agree, average_gradients, gather, piece, processors, replicate, started, world
 from mislas.errors import Diverged, MislasError
 from mislas.evaluate import predict
 from mislas.models import TwoBranches, backbone, stage1_model
@@ -47,6 +47,23 @@ def test_processes_share_the_processors_that_their_machine_lets_them_use(monkeyp
     assert processors() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert processors() == 1
+
+
+@pytest.mark.parametrize(("device", "gpus"), [(None, True), ("cuda", True), ("cpu", False)])
+def test_each_process_takes_a_gpu_unless_they_train_on_the_cpu(monkeypatch, device, gpus):
+    """On a machine that says it has GPUs, and processes that are one."""
+    taken, backends = [], []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "rendezvous", lambda where: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **rest: backends.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    with started(device):
+        pass
+    assert taken == [1] * gpus
+    assert backends == ["cpu:gloo,cuda:nccl" if gpus else "gloo"]
 
 
 def test_an_error_that_is_sent_to_another_process_knows_its_run():

@@ -17,7 +17,7 @@ from . import paper
 from .config import RunConfig
 from .data import LISTS, dataset_name, smallest_class, spec_of, training_images
 from .errors import MislasError
-from .methods import configure, settings_of
+from .methods import AFTER_TRAINING, configure, settings_of
 from .runs import Store, plan, run
 from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows, authors_variants, balanced
 from .train import Options, OutOfTime
@@ -34,11 +34,7 @@ WEIGHT_DECAY = {
     "5e-4 in Stage-2": {"stage2.weight_decay": 5e-4},
 }
 NINE_TENTHS = {"stage1.holdout": 0.1}
-HELD_OUT = tuple(
-    method + end
-    for method in ("temperature", "logit-adjustment+temperature", "lws-held-out", "vector-scaling")
-    for end in ("", "+mixup")
-)
+HELD_OUT = tuple(method + end for method, (*_, stage1, _) in AFTER_TRAINING.items() if stage1 for end in ("", "+mixup"))
 
 #: Table 1's last rows: mixup in Stage-2, too.
 STAGE2_MIXUP = {"stage2.mixup": 1.0}

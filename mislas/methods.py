@@ -330,52 +330,45 @@ MEMORY: dict[str, Method] = {
     ),
 }  # fmt: skip
 
-AFTER_TRAINING: dict[str, Method] = {
-    "logit-adjustment": Method(
-        "Logit adjustment", "Subtract the log of the class frequencies from the plain model's logits.", MENON, (),
-        r"z_k - \log \pi_k", stage2=dict(rule="logit_adjustment", value=1.0),
+#: What is done to Stage-1's classifier after training. Each comes with and without mixup in Stage-1.
+AFTER_TRAINING: dict[str, tuple[tuple[str, str], str, str, str, dict[str, Any], dict[str, Any]]] = {
+    "logit-adjustment": (
+        ("Logit adjustment", "Logit adjustment+mixup"),
+        "Subtract the log of the class frequencies from the logits.", MENON,
+        r"z_k - \log \pi_k", {}, dict(rule="logit_adjustment", value=1.0),
     ),
-    "logit-adjustment+mixup": Method(
-        "Logit adjustment+mixup", "Subtract the log of the class frequencies from the logits of a model trained with "
-        "mixup.", MENON, (), r"z_k - \log \pi_k", True, 1.0, stage2=dict(rule="logit_adjustment", value=1.0),
+    "temperature": (
+        ("CE+TS", "mixup+TS"), "Divide the logits by a temperature, chosen on held-out images.", GUO,
+        r"z / T", HOLDOUT, dict(rule="temperature"),
     ),
-    "temperature": Method(
-        "CE+TS", "Divide the plain model's logits by a temperature, chosen on held-out images.", GUO, (),
-        r"z / T", stage1=HOLDOUT, stage2=dict(rule="temperature"),
+    "logit-adjustment+temperature": (
+        ("Logit adjustment+TS", "Logit adjustment+mixup+TS"),
+        "Subtract the log of the class frequencies; then divide by a temperature, chosen on held-out images.",
+        f"{MENON}; {GUO}", r"(z_k - \log \pi_k) / T", HOLDOUT, dict(rule="adjusted_temperature"),
     ),
-    "temperature+mixup": Method(
-        "mixup+TS", "Divide the logits of a model trained with mixup by a temperature, chosen on held-out images.",
-        GUO, (), r"z / T", True, 1.0, HOLDOUT, dict(rule="temperature"),
+    "lws-held-out": (
+        ("LWS, held out", "LWS+mixup, held out"),
+        "The scales of LWS, fitted to images that Stage-1 has not seen: a control of ours.", KANG,
+        r"z = \mathrm{diag}(s) W^\top x", HOLDOUT, dict(rule="class_scales"),
     ),
-    "logit-adjustment+temperature": Method(
-        "Logit adjustment+TS", "Adjust the plain model's logits to balanced classes, then divide by a temperature.",
-        f"{MENON}; {GUO}", (), r"(z_k - \log \pi_k) / T", stage1=HOLDOUT, stage2=dict(rule="adjusted_temperature"),
-    ),
-    "logit-adjustment+temperature+mixup": Method(
-        "Logit adjustment+mixup+TS",
-        "Adjust the logits of a model trained with mixup to balanced classes, then divide by a temperature.",
-        f"{MENON}; {GUO}", (), r"(z_k - \log \pi_k) / T", True, 1.0, HOLDOUT, dict(rule="adjusted_temperature"),
-    ),
-    "lws-held-out": Method(
-        "LWS, held out", "The scales of LWS, fitted to images that the plain model has not seen.", KANG, (),
-        r"z = \mathrm{diag}(s) W^\top x", stage1=HOLDOUT,
-        stage2=dict(rule="class_scales"),
-    ),
-    "lws-held-out+mixup": Method(
-        "LWS+mixup, held out", "The scales of LWS, fitted to images that a model with mixup has not seen.", KANG, (),
-        r"z = \mathrm{diag}(s) W^\top x", True, 1.0, HOLDOUT,
-        dict(rule="class_scales"),
-    ),
-    "vector-scaling": Method(
-        "CE+vector scaling", "Scale and shift each logit of the plain model, as is likeliest on held-out images.",
-        GUO, (), r"a_k z_k + c_k", stage1=HOLDOUT, stage2=dict(rule="vector_scaling"),
-    ),
-    "vector-scaling+mixup": Method(
-        "mixup+vector scaling",
-        "Scale and shift each logit of a model trained with mixup, as is likeliest on held-out images.",
-        GUO, (), r"a_k z_k + c_k", True, 1.0, HOLDOUT, dict(rule="vector_scaling"),
+    "vector-scaling": (
+        ("CE+vector scaling", "mixup+vector scaling"),
+        "Scale and shift each logit, as is likeliest on held-out images.", GUO,
+        r"a_k z_k + c_k", HOLDOUT, dict(rule="vector_scaling"),
     ),
 }  # fmt: skip
+
+
+def _after_training() -> dict[str, Method]:
+    """Every method of :data:`AFTER_TRAINING` with and without mixup."""
+    return {
+        name + "+mixup" * mixup: Method(
+            titles[mixup], idea + " Stage-1 with mixup." * mixup, source, (), equation, mixup, 1.0, stage1, stage2
+        )
+        for name, (titles, idea, source, equation, stage1, stage2) in AFTER_TRAINING.items()
+        for mixup in (False, True)
+    }
+
 
 THE_PAPER: dict[str, Method] = {
     "lws+las": Method(
@@ -390,7 +383,7 @@ THE_PAPER: dict[str, Method] = {
     ),
 }  # fmt: skip
 
-METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | MEMORY | AFTER_TRAINING | THE_PAPER
+METHODS: dict[str, Method] = ONE_STAGE | _decoupled() | MEMORY | _after_training() | THE_PAPER
 
 
 def settings_of(dataset: str) -> Settings:

@@ -85,7 +85,8 @@ def best_temperature(logits: Tensor, targets: Tensor) -> float:
 
 def vector_scaled(classifier: nn.Linear, features: Tensor, targets: Tensor, shift: bool = True) -> nn.Linear:
     """``a_k z_k + c_k`` with the least negative log-likelihood, classes counting alike (vector scaling, Guo et al.,
-    2017, section 4.2). Unlike a temperature it may change predictions.
+    2017, section 4.2). Unlike a temperature it may change predictions. If it can be right about all images there is no
+    likeliest one: the search ends where every probability is about 1.
 
     Args:
         features: of held-out images, ``(N, M)``.

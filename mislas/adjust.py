@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import RunConfig
 from .data import LongTailed
+from .errors import MislasError
 from .evaluate import predict
 from .rules import RULES, Known, Seen
 from .train import Options, Trained, forward, plain_images, shift_statistics
@@ -44,17 +46,27 @@ def adjust(
         features = predict(network, [nn.Identity()], plain_images(data, options, which))[0]
         return features, data.train_targets[which]
 
-    known = Known(
-        classifier, train.class_counts,
-        functools.cache(lambda: seen(kept.nonzero()[:, 0])), functools.cache(lambda: seen(held)),
-    )  # fmt: skip
+    @functools.cache
+    def trained() -> Seen:
+        return seen(kept.nonzero()[:, 0])
+
+    @functools.cache
+    def held_out() -> Seen:
+        if not len(held):
+            raise MislasError(
+                "a rule looks at held-out images, and there are none: set stage1.holdout (and "
+                "holds_out=True in a Rule of your own, so that this is said before training)"
+            )
+        return seen(held)
+
     heads, histories = [], []
     for config in configs:
         rule, value = RULES[config.stage2.rule], config.stage2.value
+        known = Known(copy.deepcopy(classifier).cpu(), train.class_counts, trained, held_out)
         if rule.choose is None:
             head, row = rule.make(known), {}
         else:
-            value = rule.choose(known) if value is None else value
+            value = float(rule.choose(known)) if value is None else value
             head, row = rule.make(known, value), {"value": round(value, 6)}
         heads.append(head.to(device))
         histories.append([{"epoch": 0} | row])

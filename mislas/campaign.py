@@ -17,7 +17,7 @@ from . import paper
 from .config import RunConfig
 from .data import LISTS, dataset_name, smallest_class, spec_of, training_images
 from .errors import MislasError
-from .methods import AFTER_TRAINING, configure, settings_of
+from .methods import AFTER_TRAINING, HOLDOUT, configure, settings_of
 from .runs import Store, plan, run
 from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, Rows, authors_variants, balanced
 from .train import Options, OutOfTime
@@ -33,7 +33,6 @@ WEIGHT_DECAY = {
     "5e-4 in Stage-1": {"stage1.weight_decay": 5e-4},
     "5e-4 in Stage-2": {"stage2.weight_decay": 5e-4},
 }
-NINE_TENTHS = {"stage1.holdout": 0.1}
 HELD_OUT = tuple(method + end for method, (*_, stage1, _) in AFTER_TRAINING.items() if stage1 for end in ("", "+mixup"))
 
 #: Table 1's last rows: mixup in Stage-2, too.
@@ -94,7 +93,7 @@ def wanted(
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) > 1:
             configs += [one(method, first, seed) for method in HELD_OUT]
-            configs += [one(method, first, seed, NINE_TENTHS) for method in ("lws", "lws+mixup")]
+            configs += [one(method, first, seed, HOLDOUT) for method in ("lws", "lws+mixup")]
         brief, changes = BRIEF.get(dataset_name(dataset), ({}, {}))
         for rows in brief.values():
             configs += [one(method, first, seed, changes | more) for method, more in _runs(rows)]

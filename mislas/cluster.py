@@ -32,6 +32,8 @@ from .data import LISTS, SPECS, available
 from .errors import DataError, MislasError
 from .losses import LOSSES
 from .metric import METRICS
+from .models import BACKBONES
+from .rules import RULES
 from .runs import Store, run
 from .samplers import SAMPLERS
 from .together import check_together
@@ -41,7 +43,15 @@ if TYPE_CHECKING:
     import submitit
 
 #: Where a script registers what a configuration calls by name. Methods and settings are in the configuration itself.
-REGISTRIES = {"SPECS": SPECS, "LISTS": LISTS, "LOSSES": LOSSES, "SAMPLERS": SAMPLERS, "METRICS": METRICS}
+REGISTRIES = {
+    "SPECS": SPECS,
+    "LISTS": LISTS,
+    "LOSSES": LOSSES,
+    "SAMPLERS": SAMPLERS,
+    "METRICS": METRICS,
+    "RULES": RULES,
+    "BACKBONES": BACKBONES,
+}
 TIMEOUTS = 20  # how often a job that reaches its time limit is queued again; preemptions do not count
 
 
@@ -131,7 +141,7 @@ class ClusterJob:
             return
         environment = submitit.helpers.TorchDistributedEnvironment()
         environment.export(set_cuda_visible_devices=False, overwrite=True)
-        with distributed.started():
+        with distributed.started(self.options.device):
             self._train()
 
     def _train(self) -> None:
@@ -195,7 +205,7 @@ def entries_of(configs: Iterable[RunConfig]) -> tuple[tuple[str, str, Any], ...]
     named = set()
     for config in configs:
         parts = config.canonical()
-        named |= {config.dataset, *parts["stage1"].values(), *parts.get("stage2", {}).values()}
+        named |= {config.dataset, config.backbone, *parts["stage1"].values(), *parts.get("stage2", {}).values()}
     return tuple(
         (registry, name, entry)
         for registry, known in REGISTRIES.items()

@@ -72,7 +72,7 @@ class Stage1(Sgd):
         defer: share of the epochs after which beta and deferred_sampler come into force; None is from the start.
         deferred_sampler: the sampler from then on.
         second_sampler: sampler of a second branch of the network (BBN); None is one branch.
-        holdout: share of each class's images kept out of training, to choose tau or a temperature on; in (0, 0.5].
+        holdout: share of each class's images kept out of training, for a rule to be fitted to; in (0, 0.5].
         weights: the backbone starts from a file of pretrained weights and only its last block trains
             (:func:`mislas.models.freeze_but_last_block`); None starts from random weights. The file is named by the
             first 8 hex digits of its SHA-256, as in torchvision's file names, since its place decides no number.
@@ -217,7 +217,7 @@ class RunConfig:
     Attributes:
         dataset: canonical dataset name.
         imbalance: imbalance factor, >= 1; of a dataset of list files, that of its training list.
-        backbone: see :func:`mislas.models.backbone`.
+        backbone: name in :data:`mislas.models.BACKBONES`.
         seed: of initialisation, order, crops, mixup: 0 or more.
         precision: ``"bf16"`` (autocast, float32 master weights) or ``"fp32"``; evaluation is always float32.
         stage1: see :class:`Stage1`.
@@ -264,6 +264,8 @@ class RunConfig:
             raise MislasError(f"stage1.weights needs one of torchvision's backbones ({names}), got {self.backbone!r}")
         if self.stage1.second_sampler is not None and self.backbone not in (*CIFAR_RESNETS, *STAGES):
             raise MislasError(f"stage1.second_sampler doubles the last block of a ResNet, got {self.backbone!r}")
+        if getattr(self.stage2, "attention", False) and self.backbone not in (*CIFAR_RESNETS, *STAGES):
+            raise MislasError(f"stage2.attention is one more block of a ResNet, got {self.backbone!r}; set it to false")
         if isinstance(self.stage2, Adjustment):
             _check_adjustment(self.stage2, self.stage1)
         elif self.stage2 is not None:
@@ -274,6 +276,11 @@ class RunConfig:
             raise MislasError("stage2 with shots needs a cosine classifier: set stage1.scale")
         if self.stage2 is not None and ((self.stage1.scale and not few_shot) or self.stage1.second_sampler):
             raise MislasError("stage2 needs a linear classifier: stage1.scale and stage1.second_sampler must be null")
+
+    @property
+    def shifts(self) -> bool:
+        """Whether Stage-2 shifts batch norm's running statistics (section 3.3)."""
+        return any(getattr(self.stage2, name, None) for name in ("shift_bn", "shift_epochs"))
 
     def canonical(self) -> dict[str, Any]:
         """What decides the numbers, as plain JSON types; fields that are off (None) are left out."""

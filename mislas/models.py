@@ -152,8 +152,9 @@ def backbone(name: str) -> nn.Module:
 
 
 def batch_norms(network: nn.Module) -> list[nn.Module]:
-    """The batch-norm layers of a network, in order."""
-    return [module for module in network.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    """The batch-norm layers of a network that have running statistics, in order."""
+    kind = nn.modules.batchnorm._BatchNorm  # of any number of dimensions, and over several processes
+    return [m for m in network.modules() if isinstance(m, kind) and m.running_mean is not None]
 
 
 def check_batch_norm(network: nn.Module) -> None:
@@ -163,6 +164,30 @@ def check_batch_norm(network: nn.Module) -> None:
             "the backbone has no batch norm whose statistics could shift: set stage2.shift_bn=false, and leave out "
             "stage2.shift_epochs"
         )
+
+
+def check_backbone(name: str, size: int, shifts: bool) -> None:
+    """Build a backbone and show it two black images, so that one of your own fails before hours of training.
+
+    Args:
+        size: pixels a side.
+        shifts: whether batch norm's statistics will be shifted.
+
+    Raises:
+        MislasError: features of another shape than ``(B, num_features)``, or nothing to shift.
+    """
+    if name in CIFAR_RESNETS or name in STAGES:
+        return
+    with torch.no_grad(), torch.random.fork_rng([]):
+        network = backbone(name).eval()
+        shape = tuple(network(torch.zeros(2, 3, size, size)).shape)
+    if shape != (2, network.num_features):
+        raise MislasError(
+            f"backbone {name!r} must turn images (B, 3, {size}, {size}) into features (B, {network.num_features}), as "
+            f"its num_features says; two images gave {shape}"
+        )
+    if shifts:
+        check_batch_norm(network)
 
 
 def load_backbone_weights(network: nn.Module, path: str | os.PathLike) -> list[str]:

@@ -1,8 +1,9 @@
 """Rules in place of Stage-2: what turns Stage-1's linear classifier into another linear classifier, without gradients
 through a network. :func:`mislas.adjust.adjust` applies them.
 
-What a rule leaves open, tau or a temperature, is chosen on training images that Stage-1 held out, never on the test
-set. Held-out images are long-tailed as the training set is, so each class counts alike, whatever its size.
+What a rule leaves open, from a temperature to a scale for each class, is fitted to training images that Stage-1 held
+out, never to the test set. Held-out images are long-tailed as the training set is, so each class counts alike, whatever
+its size.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit 
 def tau_normalised(classifier: nn.Linear, tau: float) -> nn.Linear:
     """``z_k = (w_k x + b_k) / |w_k|^tau`` (Kang et al., 2020, where there is no bias). Tau 0 changes nothing."""
     factor = classifier.weight.norm(dim=1) ** -tau
-    return _linear(classifier.weight * factor[:, None], classifier.bias * factor)
+    return _linear(classifier.weight * factor[:, None], _bias(classifier) * factor)
 
 
 def nearest_class_mean(features: Tensor, targets: Tensor, num_classes: int) -> nn.Linear:
@@ -45,7 +46,7 @@ def nearest_class_mean(features: Tensor, targets: Tensor, num_classes: int) -> n
 def logit_adjusted(classifier: nn.Linear, class_counts: Sequence[int], tau: float) -> nn.Linear:
     """``z_k - tau log pi_k``, pi the training frequencies (Menon et al., 2021, equation 9). Tau 0 changes nothing."""
     counts = check_counts(class_counts)
-    return _linear(classifier.weight, classifier.bias - tau * (counts / counts.sum()).log().float())
+    return _linear(classifier.weight, _bias(classifier) - tau * (counts / counts.sum()).log().float())
 
 
 def temperature_scaled(classifier: nn.Linear, temperature: float) -> nn.Linear:
@@ -56,7 +57,11 @@ def temperature_scaled(classifier: nn.Linear, temperature: float) -> nn.Linear:
     """
     if not temperature > 0:
         raise MislasError(f"a temperature must be > 0, got {temperature}")
-    return _linear(classifier.weight / temperature, classifier.bias / temperature)
+    return _linear(classifier.weight / temperature, _bias(classifier) / temperature)
+
+
+def _bias(classifier: nn.Linear) -> Tensor:
+    return classifier.weight.new_zeros(len(classifier.weight)) if classifier.bias is None else classifier.bias
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -99,7 +104,7 @@ def vector_scaled(classifier: nn.Linear, features: Tensor, targets: Tensor, shif
     offset = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=shift)
     _most_likely([scale, offset] if shift else [scale], lambda: scale * logits + offset, targets)
     a, c = scale.detach().float(), offset.detach().float()
-    return _linear(a[:, None] * classifier.weight, a * classifier.bias + c)
+    return _linear(a[:, None] * classifier.weight, a * _bias(classifier) + c)
 
 
 def _most_likely(parameters: list[Tensor], logits: Callable[[], Tensor], targets: Tensor) -> None:
@@ -125,10 +130,10 @@ class Known:
     """What a rule may use; tensors are on the CPU.
 
     Attributes:
-        classifier: Stage-1's.
+        classifier: Stage-1's, a copy for this rule alone.
         class_counts: images of each class that it was trained on, ``(K,)``.
         trained: gives features ``(N, M)`` and targets ``(N,)`` of these images, without augmentation.
-        held_out: gives the same of the images that it was not trained on.
+        held_out: gives the same of the images that it was not trained on; :class:`MislasError` if there are none.
     """
 
     classifier: nn.Linear
@@ -145,7 +150,7 @@ class Rule:
         make: ``make(known)``, or, of a rule with a value, ``make(known, value)``, is the new classifier.
         choose: of a rule with a value: ``choose(known)`` is the one that does best on images held out.
         least: the smallest value.
-        holds_out: whether a rule without a value needs images held out.
+        holds_out: whether ``make`` itself looks at images held out.
     """
 
     make: Callable[..., nn.Linear]

@@ -37,13 +37,13 @@ from . import __version__, distributed
 from .adjust import adjust
 from .augment import Images
 from .config import Adjustment, FewShot, Memory, RunConfig
-from .data import LongTailed, load, smallest_class, write_atomically
+from .data import LongTailed, load, smallest_class, spec_of, write_atomically
 from .errors import Diverged, ForeignRecord, MislasError, RecordError, UnknownName
 from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
 from .lists import ListDataset
 from .memory import train_memory
-from .models import GeneralisedClassifier, batch_norms, find_weights, native_bfloat16, stage1_model
+from .models import GeneralisedClassifier, batch_norms, check_backbone, find_weights, native_bfloat16, stage1_model
 from .together import check_together, side_by_side, train_together
 from .train import Options, OutOfTime, Trained, plain_images, stage1_run, train_stage1, train_stage2
 
@@ -331,12 +331,14 @@ def run(
 
     Raises:
         MislasError: a run diverged: whatever does not build on it was trained all the same. Or a run cannot be, such as
-            one that holds images out of classes of one: nothing was trained.
+            one that holds images out of classes of one, or shifts batch norm where there is none: nothing was trained.
     """
     configs = [configs] if isinstance(configs, RunConfig) else list(configs)
     store, options = store if isinstance(store, Store) else Store(store), options or Options()
     for config in configs:
         check_classes(config)
+    for asked in dict.fromkeys((c.backbone, spec_of(c.dataset).size, c.shifts) for c in configs):
+        check_backbone(*asked)
     check_together(options, distributed.world())
     left, diverged = configs, {}
     while True:

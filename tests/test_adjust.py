@@ -16,6 +16,7 @@ from mislas.errors import MislasError
 from mislas.evaluate import predict
 from mislas.losses import class_balanced_mean
 from mislas.methods import configure
+from mislas.models import stage1_model
 from mislas.rules import (
     RULES,
     Rule,
@@ -249,6 +250,40 @@ def test_a_rule_of_ones_own_is_one_more_entry(digits, held, options, monkeypatch
     assert [history[0]["value"] for history in trained.histories] == [held_out, 7.0]
     moved = [(head.bias - held[1].bias).tolist() for head in trained.heads]
     assert moved == [pytest.approx([0.0] * 9 + [value]) for value in (held_out, 7.0)]
+
+
+def test_a_rule_has_a_classifier_of_its_own_that_it_may_change(digits, held, options, monkeypatch):
+    def zeroed(known):
+        known.classifier.weight.data.zero_()
+        return known.classifier
+
+    monkeypatch.setitem(RULES, "zeroed", Rule(zeroed))
+    configs = [configure("digits", "temperature", 50, overrides={"epochs": 6, "rule": "zeroed"})]
+    configs += [configure("digits", "temperature", 50, overrides={"epochs": 6, "value": 1.0})]
+    stage1 = copy.deepcopy(held)
+    zero, same = adjust(configs, stage1, digits, options).heads
+    assert not zero.weight.any()
+    torch.testing.assert_close(same.weight, held[1].weight)
+    torch.testing.assert_close(stage1[1].weight, held[1].weight)
+
+
+def test_images_that_are_not_held_out_cannot_be_looked_at(digits, options, monkeypatch):
+    monkeypatch.setitem(RULES, "peeping", Rule(lambda known: vector_scaled(known.classifier, *known.held_out())))
+    config = configure("digits", "ncm", 50, overrides={"rule": "peeping"})
+    network = stage1_model("resnet8", 10)
+    with pytest.raises(MislasError, match=r"held-out images, and there are none: set stage1.holdout \(and holds_out"):
+        adjust([config], network, digits, options)
+
+
+@pytest.mark.parametrize("rule", [
+    lambda c: tau_normalised(c, 1.0), lambda c: logit_adjusted(c, [40, 12, 4], 1.0),
+    lambda c: temperature_scaled(c, 2.0), lambda c: vector_scaled(c, FEATURES, LABELS, shift=False),
+])  # fmt: skip
+def test_no_bias_counts_as_a_bias_of_zero(classifier, rule):
+    without = nn.Linear(5, 3, bias=False)
+    without.weight, classifier.bias.data = classifier.weight, torch.zeros(3)
+    for one, two in zip(numpy(rule(without)), numpy(rule(classifier)), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("sampler", [None, "instance_balanced"])

@@ -16,10 +16,12 @@ import pytest
 
 from mislas import cluster
 from mislas.cli import main
-from mislas.cluster import ClusterJob, Resources, cluster_jobs, independent, share
+from mislas.cluster import ClusterJob, Resources, cluster_jobs, entries_of, independent, share
 from mislas.errors import DataError, MislasError
 from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import configure
+from mislas.models import BACKBONES
+from mislas.rules import RULES, Rule
 from mislas.runs import Store
 from mislas.train import Options
 
@@ -165,9 +167,18 @@ def test_a_job_knows_what_the_script_that_submits_it_has_registered(tmp_path):
     again = pickle.loads(cloudpickle.dumps(job.checkpoint())).function  # as a job that has to stop is queued again
     entries = {(registry, name): entry for registry, name, entry in again.entries}
     names = {("SPECS", "mine"), ("LOSSES", "seven"), ("SAMPLERS", "instance_balanced"), ("METRICS", "half")}
-    assert entries.keys() == names
+    assert entries.keys() == names | {("BACKBONES", "resnet8")}
     drawn = entries["SAMPLERS", "instance_balanced"](np.random.default_rng(0), np.array([0, 1, 1]))
     assert drawn.tolist() == [0, 0, 0]
+
+
+def test_a_job_brings_the_rule_and_the_backbone_that_it_calls(monkeypatch):
+    monkeypatch.setitem(RULES, "mine", Rule(lambda known: known.classifier))
+    monkeypatch.setitem(BACKBONES, "own", lambda: None)
+    entries = entries_of([digits("ncm", backbone="own", rule="mine")])
+    names = {(registry, name) for registry, name, _ in pickle.loads(cloudpickle.dumps(entries))}
+    assert {("RULES", "mine"), ("BACKBONES", "own")} < names
+    assert not names & {("RULES", "ncm"), ("BACKBONES", "resnet8")}
 
 
 def test_a_job_finds_the_modules_beside_the_script_from_any_folder(tmp_path):

@@ -20,6 +20,7 @@ from mislas.models import (
     GeneralisedClassifier,
     TwoBranches,
     backbone,
+    batch_norms,
     freeze_but_last_block,
     init_kaiming,
     load_backbone_weights,
@@ -390,6 +391,7 @@ def test_without_batch_norm_there_is_nothing_to_shift(monkeypatch, tmp_path, opt
     changes |= {k: v for k, v in ON_PATCHES.items() if method != "ncm" or not k.startswith("stage2")}
     with pytest.raises(MislasError, match=r"no batch norm .* set stage2.shift_bn=false"):
         run(configure("digits", method, 10, 0, changes), Store(tmp_path), None, options)
+    assert not list(tmp_path.rglob("*.*"))  # nothing was trained
 
 
 def test_a_backbone_must_say_how_many_features_it_has(monkeypatch):
@@ -398,8 +400,24 @@ def test_a_backbone_must_say_how_many_features_it_has(monkeypatch):
         backbone("patches")
 
 
-def test_only_a_resnet_has_a_last_block_to_double(monkeypatch):
+def test_a_backbone_must_give_the_features_that_it_says_it_does(monkeypatch, tmp_path, options):
+    monkeypatch.setitem(BACKBONES, "patches", lambda: Patches(num_features=6))
+    with pytest.raises(MislasError, match=r"\(B, 3, 8, 8\) into features \(B, 6\), .* two images gave \(2, 5\)"):
+        run(configure("digits", "crt", 10, 0, ON_PATCHES), Store(tmp_path), None, options)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"), [(nn.BatchNorm1d(5), True), (nn.BatchNorm2d(5, track_running_stats=False), False)]
+)
+def test_batch_norm_is_what_has_running_statistics(layer, found):
+    assert batch_norms(nn.Sequential(nn.Flatten(), layer)) == [layer] * found
+
+
+def test_only_a_resnet_has_a_last_block_to_double_or_a_place_for_attention(monkeypatch):
     monkeypatch.setitem(BACKBONES, "patches", Patches)
+    with pytest.raises(MislasError, match="attention is one more block of a ResNet, got 'patches'"):
+        configure("digits", "oltr", 10, 0, {"backbone": "patches"})
     with pytest.raises(MislasError, match="doubles the last block of a ResNet, got 'patches'"):
         configure("digits", "bbn", 10, 0, {"backbone": "patches"})
 

@@ -417,7 +417,7 @@ def learned_on(
     heads = {group: GROUP_METRICS[group] for group in ("all", "medium", "few")} | {"ECE": "ece"}
     known = [head for head, key in heads.items() if any(record.metrics[key] is not None for record in shown)]
     cells = {}
-    for column, head in itertools.product(columns, known or ("all", "ECE")):
+    for column, head in itertools.product(columns, known):
         cells[column, head] = [_metric(found[name, column], heads[head], "not measured") for name in rows]
     frame = pd.DataFrame(cells, index=list(rows))
     caption = (

@@ -274,13 +274,6 @@ def test_learned_on_has_a_cell_for_each_run_and_names_what_is_missing(made_up):
     assert "--method lws+shift ncm+shift" in table.notes[0]
 
 
-def test_learned_on_says_of_what_nobody_measured_that_it_is_not_measured(made_up):
-    rows = {"scales": [("lws", {}), ("lws+shift", {})]}
-    table = learned_on(Study(results_root=made_up.root), "cifar10", rows, ("old", "new"))
-    assert table.frame.columns.tolist() == [(c, g) for c in ("old", "new") for g in ("all", "ECE")]
-    assert table.frame.loc["scales"].tolist() == ["not measured"] * 4
-
-
 @pytest.mark.parametrize("columns", list(LEARNED.values()), ids=list(LEARNED))
 def test_runs_of_a_row_differ_in_batch_norm_alone(columns):
     for row in columns.values():

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config import RunConfig
 from .data import LongTailed
@@ -39,16 +39,14 @@ def adjust(
         train, held = data.hold_out(first.stage1.holdout)
     if first.stage2.shift_epochs:
         shift_statistics(configs, network, forward(network, first, options), train, options)
-    kept = torch.ones(len(data.train_targets), dtype=torch.bool)
-    kept[held] = False
 
-    def seen(which: Tensor) -> Seen:
-        features = predict(network, [nn.Identity()], plain_images(data, options, which))[0]
-        return features, data.train_targets[which]
+    def seen(part: LongTailed) -> Seen:
+        images = plain_images(part, options, torch.arange(len(part.train_targets)))
+        return predict(network, [nn.Identity()], images)[0], part.train_targets
 
     @functools.cache
     def trained() -> Seen:
-        return seen(kept.nonzero()[:, 0])
+        return seen(train)
 
     @functools.cache
     def held_out() -> Seen:
@@ -57,7 +55,7 @@ def adjust(
                 "a rule looks at held-out images, and there are none: set stage1.holdout (and "
                 "holds_out=True in a Rule of your own, so that this is said before training)"
             )
-        return seen(held)
+        return seen(data.only(held))
 
     heads, histories = [], []
     for config in configs:

@@ -16,7 +16,7 @@ from .data import LISTS, dataset_name, spec_of, training_images
 from .errors import MislasError, unknown
 from .losses import LOSSES, SMOOTHING, check_smoothing
 from .metric import METRICS
-from .models import BACKBONES, CIFAR_RESNETS, DELTAS, STAGES
+from .models import BACKBONES, DELTAS, RESNETS, STAGES
 from .rules import RULES
 from .samplers import SAMPLERS
 
@@ -262,9 +262,9 @@ class RunConfig:
         if self.stage1.weights is not None and self.backbone not in STAGES:
             names = ", ".join(STAGES)
             raise MislasError(f"stage1.weights needs one of torchvision's backbones ({names}), got {self.backbone!r}")
-        if self.stage1.second_sampler is not None and self.backbone not in (*CIFAR_RESNETS, *STAGES):
+        if self.stage1.second_sampler is not None and self.backbone not in RESNETS:
             raise MislasError(f"stage1.second_sampler doubles the last block of a ResNet, got {self.backbone!r}")
-        if getattr(self.stage2, "attention", False) and self.backbone not in (*CIFAR_RESNETS, *STAGES):
+        if getattr(self.stage2, "attention", False) and self.backbone not in RESNETS:
             raise MislasError(f"stage2.attention is one more block of a ResNet, got {self.backbone!r}; set it to false")
         if isinstance(self.stage2, Adjustment):
             _check_adjustment(self.stage2, self.stage1)

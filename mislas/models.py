@@ -108,6 +108,10 @@ STAGES = {
 }
 
 
+#: The library's own, whose last block is known: some methods double it, or add one.
+RESNETS = (*CIFAR_RESNETS, *STAGES)
+
+
 def torchvision_resnet(name: str) -> nn.Module:
     """torchvision's ResNet, one of :data:`STAGES`, without its ``fc``. ``state_dict`` has torchvision's names, so its
     pretrained weights fit; see :func:`load_backbone_weights`."""
@@ -176,7 +180,7 @@ def check_backbone(name: str, size: int, shifts: bool) -> None:
     Raises:
         MislasError: features of another shape than ``(B, num_features)``, or nothing to shift.
     """
-    if name in CIFAR_RESNETS or name in STAGES:
+    if name in RESNETS:
         return
     with torch.no_grad(), torch.random.fork_rng([]):
         network = backbone(name).eval()
@@ -288,6 +292,11 @@ def init_kaiming(module: nn.Module, generator: torch.Generator) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def bias_of(classifier: nn.Linear) -> Tensor:
+    """A linear classifier's bias ``(K,)``; one without bias counts as one whose bias is 0."""
+    return classifier.weight.new_zeros(len(classifier.weight)) if classifier.bias is None else classifier.bias
+
+
 DELTAS = ("zeros", "fresh", "stage1")
 
 
@@ -334,7 +343,7 @@ class GeneralisedClassifier(nn.Module):
                 f"(not None when a is 0), got a={a!r}, delta={delta!r}"
             )
         weight = stage1.weight.detach()
-        bias = weight.new_zeros(len(weight)) if stage1.bias is None else stage1.bias.detach()
+        bias = bias_of(stage1).detach()
         self.a, self.learn_scale = a, learn_scale
         self.register_buffer("weight", weight.clone())
         self.register_buffer("bias", bias.clone())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import MislasError
 from .losses import check_counts, class_balanced_mean
+from .models import bias_of
 
 TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit adjustment: 0, 0.1, ..., 2
 
@@ -25,7 +26,7 @@ TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit 
 def tau_normalised(classifier: nn.Linear, tau: float) -> nn.Linear:
     """``z_k = (w_k x + b_k) / |w_k|^tau`` (Kang et al., 2020, where there is no bias). Tau 0 changes nothing."""
     factor = classifier.weight.norm(dim=1) ** -tau
-    return _linear(classifier.weight * factor[:, None], _bias(classifier) * factor)
+    return _linear(classifier.weight * factor[:, None], bias_of(classifier) * factor)
 
 
 def nearest_class_mean(features: Tensor, targets: Tensor, num_classes: int) -> nn.Linear:
@@ -46,7 +47,7 @@ def nearest_class_mean(features: Tensor, targets: Tensor, num_classes: int) -> n
 def logit_adjusted(classifier: nn.Linear, class_counts: Sequence[int], tau: float) -> nn.Linear:
     """``z_k - tau log pi_k``, pi the training frequencies (Menon et al., 2021, equation 9). Tau 0 changes nothing."""
     counts = check_counts(class_counts)
-    return _linear(classifier.weight, _bias(classifier) - tau * (counts / counts.sum()).log().float())
+    return _linear(classifier.weight, bias_of(classifier) - tau * (counts / counts.sum()).log().float())
 
 
 def temperature_scaled(classifier: nn.Linear, temperature: float) -> nn.Linear:
@@ -57,11 +58,7 @@ def temperature_scaled(classifier: nn.Linear, temperature: float) -> nn.Linear:
     """
     if not temperature > 0:
         raise MislasError(f"a temperature must be > 0, got {temperature}")
-    return _linear(classifier.weight / temperature, _bias(classifier) / temperature)
-
-
-def _bias(classifier: nn.Linear) -> Tensor:
-    return classifier.weight.new_zeros(len(classifier.weight)) if classifier.bias is None else classifier.bias
+    return _linear(classifier.weight / temperature, bias_of(classifier) / temperature)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -104,7 +101,7 @@ def vector_scaled(classifier: nn.Linear, features: Tensor, targets: Tensor, shif
     offset = torch.zeros(logits.shape[1], dtype=torch.float64, requires_grad=shift)
     _most_likely([scale, offset] if shift else [scale], lambda: scale * logits + offset, targets)
     a, c = scale.detach().float(), offset.detach().float()
-    return _linear(a[:, None] * classifier.weight, a * _bias(classifier) + c)
+    return _linear(a[:, None] * classifier.weight, a * bias_of(classifier) + c)
 
 
 def _most_likely(parameters: list[Tensor], logits: Callable[[], Tensor], targets: Tensor) -> None:

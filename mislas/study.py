@@ -21,7 +21,7 @@ from . import paper
 from .config import RunConfig, assignment, check_type, locate, value_of
 from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
-from .methods import configure, settings_of
+from .methods import AFTER_TRAINING, HOLDOUT, METHODS, configure, settings_of
 from .runs import Record, Store, default_results_root, run
 from .train import Options
 
@@ -98,8 +98,23 @@ LEARNED = {
     | {"scales and ΔW": _mislas(NO_SMOOTHING), "scales and ΔW, smoothed (MiSLAS)": _mislas({})},
     "Stage-1 without mixup": _learned(""),
 }
-#: The same after a short Stage-1, by dataset: rows by Stage-1, and changes. With many classes, and, as a control, with
-#: few.
+
+
+def _unseen(end: str, *own: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """A table of :data:`UNSEEN`: ``own`` are the methods that look at Stage-1's own images."""
+    held = [method + end for method, (*_, stage1, _) in AFTER_TRAINING.items() if stage1]
+    rows = {f"{METHODS[method].title}, nine tenths": (method, HOLDOUT) for method in own}
+    return rows | {METHODS[method].title: (method, {}) for method in held}
+
+
+#: On one Stage-1 that has held a tenth of the images out: what it says itself, what is learned on its own images, and
+#: what is fitted to those held out. By Stage-1 and title the run, as (method, changes).
+UNSEEN = {
+    "Stage-1 without mixup": _unseen("", "ce", "lws"),
+    "Stage-1 with mixup": _unseen("+mixup", "mixup", "lws+mixup", "mislas"),
+}
+#: What is measured after a short Stage-1 as well, by dataset: rows of :data:`LEARNED` by Stage-1, and changes, which
+#: :data:`UNSEEN` takes, too. With many classes, and, as a control, with few.
 BRIEF: dict[str, tuple[dict[str, Rows], dict[str, Any]]] = {
     "tinyimagenet32": (LEARNED, {"stage1.epochs": 20}),
     **dict.fromkeys(

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save as save_safetensors
 
 from mislas.archive import merge, pack
-from mislas.campaign import HELD_OUT, TABLE_3, campaign, images_per_second, jobs, parse_budget, wanted
+from mislas.campaign import TABLE_3, campaign, images_per_second, jobs, parse_budget, wanted
 from mislas.cli import main
 from mislas.errors import MislasError, RecordError
 from mislas.methods import configure
 from mislas.runs import Store, check_classes, run
-from mislas.study import BRIEF, FORMS, GRID, Study
+from mislas.study import BRIEF, FORMS, GRID, UNSEEN, Study
 from mislas.train import Options
 
 QUICK = {"epochs": 3, "stage2.epochs": 1}
@@ -58,8 +58,17 @@ def test_overrides_come_before_what_a_run_varies_as_in_a_notebook(tmp_path):
 
 
 def test_images_are_held_out_only_of_classes_that_have_more_than_one():
-    held_out = [[c.method in HELD_OUT for c in wanted("digits", [10], overrides={"n_max": n})] for n in (19, 20)]
+    held_out = [[c.stage1.holdout for c in wanted("digits", [10], overrides={"n_max": n})] for n in (19, 20)]
     assert [any(each) for each in held_out] == [False, True]
+
+
+def test_what_a_short_stage1_is_measured_on_is_wanted_of_one_that_holds_images_out_too():
+    runs = {config.id for config in wanted("tinyimagenet32", [100])}
+    for method, changes in [asked for rows in UNSEEN.values() for asked in rows.values()]:
+        for more in ({}, {"stage1.epochs": 20}):
+            config = configure("tinyimagenet32", method, 100, 0).override(changes | more)
+            assert config.stage1.holdout == 0.1
+            assert config.id in runs
 
 
 def test_all_that_is_wanted_of_digits_can_be_trained():

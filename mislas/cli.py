@@ -117,10 +117,11 @@ def _which() -> argparse.ArgumentParser:
     which.add_argument("--data-root", metavar="DIR", help="folder with the images; digits and generated need none")
     which.add_argument(
         "--set",
-        action="append",
+        nargs="+",
+        action="extend",
         default=[],
         metavar="FIELD=VALUE",
-        help="change a field of every run, e.g. epochs=20 or stage2.eps_1=0.4 (repeatable)",
+        help="change fields of every run, e.g. epochs=20 stage2.eps_1=0.4",
     )
     which.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     which.add_argument(

@@ -425,7 +425,8 @@ class Study:
         parts += more
         if self.seeds:
             parts.append(f"--seed {' '.join(map(str, self.seeds))}")
-        parts += [f"--set {assignment(key, value)}" for key, value in fields.items()]
+        if fields:
+            parts.append("--set " + " ".join(assignment(key, value) for key, value in fields.items()))
         parts.append("--data-root DIR")
         if self.profile != "tiny" and self.store.root.absolute() != default_results_root().absolute():
             parts.append(f"--results-root {shlex.quote(str(self.store.root))}")

@@ -13,7 +13,7 @@ from mislas.methods import METHODS
 from mislas.runs import Store, run
 from mislas.train import Options
 
-QUICK = ["--imbalance", "10", "--quiet", "--device", "cpu", "--set", "epochs=2", "--set", "stage2.epochs=1"]
+QUICK = ["--imbalance", "10", "--quiet", "--device", "cpu", "--set", "epochs=2", "stage2.epochs=1"]
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_table_shows_mean_spread_and_n_and_names_the_command_for_the_rest(store)
     assert table.frame.loc["MiSLAS"].tolist()[1:] == ["[a]", "–"]
     assert table.notes[0] == (
         "[a] Not measured yet: `mislas train --dataset digits --imbalance 10 --method mislas "
-        f"--set epochs=2 --set stage2.epochs=1 --data-root DIR --results-root {store.root}`"
+        f"--set epochs=2 stage2.epochs=1 --data-root DIR --results-root {store.root}`"
     )
     assert "seeds 0, 1" in table.notes[-1]
 
@@ -163,7 +163,7 @@ def test_a_panel_may_have_changes_of_its_own(store):
     together, alone = missing_commands(study, "digits", panels)
     assert "--imbalance 10 --method mislas crt" in together
     assert "--imbalance 1 --method ce" in alone
-    assert "--set n_max=20" in alone
+    assert "--set epochs=2 stage2.epochs=1 n_max=20" in alone
     put = {panel.get_title() for panel in reliability_figure(study, "digits", [*panels, ("CE", "ce", 10)]).axes}
     assert {"of 200 images", "CE"} <= put
 

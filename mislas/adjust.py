@@ -66,6 +66,11 @@ def adjust(
         else:
             value = float(rule.choose(known)) if value is None else value
             head, row = rule.make(known, value), {"value": round(value, 6)}
+        if not isinstance(head, nn.Linear) or head.weight.shape != classifier.weight.shape:
+            raise MislasError(
+                f"rule {config.stage2.rule!r} must make a linear classifier of {tuple(classifier.weight.shape)} "
+                f"weights, got {head}"
+            )
         heads.append(head.to(device))
         histories.append([{"epoch": 0} | row])
     return Trained(network, heads, histories, time.monotonic() - started)

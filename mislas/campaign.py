@@ -17,7 +17,8 @@ from . import paper
 from .config import RunConfig
 from .data import LISTS, dataset_name, smallest_class, spec_of, training_images
 from .errors import MislasError
-from .methods import configure, settings_of
+from .methods import METHODS, configure, settings_of
+from .models import RESNETS
 from .runs import Store, plan, run
 from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, UNSEEN, Rows, authors_variants, balanced
 from .train import Options, OutOfTime
@@ -64,6 +65,7 @@ def wanted(
         MislasError: an unknown dataset or field, or a value outside its range.
     """
     overrides = overrides or {}
+    own = overrides.get("backbone", settings_of(dataset_name(dataset)).backbone)  # BBN doubles a block of ResNets alone
 
     def one(method: str, imbalance: float | None, seed: int, changes: dict[str, Any] | None = None) -> RunConfig:
         return configure(dataset, method, imbalance, seed, overrides).override(changes or {})
@@ -88,7 +90,8 @@ def wanted(
                 configs += [one(method, imbalance, seed, changes) for method, changes in _runs(rows)]
             configs += [one(m, imbalance, seed, STAGE2_MIXUP) for m in ("crt+mixup", "lws+mixup")]
         configs += [one("ce", first, seed, changes) for changes in balanced(dataset, first).values()]
-        configs += [one(method, imbalance, seed) for method in OTHERS for imbalance in imbalances]
+        others = [m for m in OTHERS if own in RESNETS or "second_sampler" not in METHODS[m].stage1]
+        configs += [one(method, imbalance, seed) for method in others for imbalance in imbalances]
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
         held_out = [asked for rows in UNSEEN.values() for asked in rows.values()]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) == 1:
@@ -96,7 +99,7 @@ def wanted(
         configs += [one(method, first, seed, changes) for method, changes in held_out]
         if dataset_name(dataset) in BRIEF:
             brief, changes = BRIEF[dataset_name(dataset)]
-            again = [asked for rows in brief.values() for asked in _runs(rows)] + held_out
+            again = [asked for rows in brief.values() for asked in _runs(rows)] + held_out * (brief is LEARNED)
             configs += [one(method, first, seed, changes | more) for method, more in again]
     return list({config.id: config for config in configs}.values())
 

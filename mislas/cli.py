@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import itertools
 import json
 import os
 import sys
@@ -324,7 +325,9 @@ def _add_shrink(parts: argparse._SubParsersAction) -> None:
 
 def _store(arguments: argparse.Namespace, read: bool = False) -> Store:
     """The store that is meant; to ``read`` from, it must be there."""
-    store = Store(arguments.results_root or None)
+    if arguments.results_root == "":
+        raise RecordError("--results-root is empty; name a folder, or leave it out")
+    store = Store(arguments.results_root)
     if read and arguments.results_root and not store.root.is_dir():
         raise RecordError(
             f"--results-root {arguments.results_root} is no folder; a store is one that 'train' wrote into"
@@ -346,18 +349,22 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
         if key in WHICH:
             raise MislasError(f"--set changes how runs are trained; for which runs there is --{key}; got {pair!r}")
         digits = isinstance(value, int | float) and takes_text(key)  # a checksum may look like a number
+        for other in [other for other in overrides if locate(other) == locate(key)]:
+            del overrides[other]  # the same field by another name: the last one counts
         overrides[key] = text if digits else value
     return overrides
 
 
 def _configs(arguments: argparse.Namespace) -> list[RunConfig]:
-    overrides = parse_overrides(arguments.set)
-    return [
-        configure(arguments.dataset, method, imbalance, seed, overrides)
-        for imbalance in arguments.imbalance
-        for seed in arguments.seed
-        for method in arguments.method
-    ]
+    overrides, configs = parse_overrides(arguments.set), []
+    for imbalance, seed, method in itertools.product(arguments.imbalance, arguments.seed, arguments.method):
+        try:
+            configs.append(configure(arguments.dataset, method, imbalance, seed, overrides))
+        except MislasError as error:
+            if len(arguments.method) == 1 or method not in METHODS:
+                raise
+            raise MislasError(f"{method}: {error}") from error
+    return configs
 
 
 def _options(arguments: argparse.Namespace) -> Options:
@@ -435,14 +442,15 @@ def _campaign(arguments: argparse.Namespace) -> None:
     packs = arguments.pack and distributed.rank() == 0
     if packs:  # what was left if the last start was killed; and better an error now than after training
         pack(configs, store, Path(arguments.pack))
-    try:
-        done = campaign(configs, store, arguments.data_root, options, budget)
-        have = sum(store.get(config) is not None for config in configs)
-        more = "" if done else "; out of time, the same command goes on"
-        print(f"{have} of {len(configs)} runs are in the store{more}")
-    finally:  # what was made until then is packed, too, if a run diverges or somebody stops it
-        if packs:
-            print(f"{pack(configs, store, Path(arguments.pack))} files packed into {arguments.pack}")
+    with cluster.stoppable():
+        try:
+            done = campaign(configs, store, arguments.data_root, options, budget)
+            have = sum(store.get(config) is not None for config in configs)
+            more = "" if done else "; out of time, the same command goes on"
+            print(f"{have} of {len(configs)} runs are in the store{more}")
+        finally:  # what was made until then is packed, too, if a run diverges or somebody stops it
+            if packs:
+                print(f"{pack(configs, store, Path(arguments.pack))} files packed into {arguments.pack}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -468,7 +476,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     print(f"{record.config.method} on {record.config.data_title} seed {record.config.seed}")
     if record.config.stage2 is not None and arguments.data_root is not None:
         raise RecordError("only Stage-1 models are stored as weights; leave out --data-root to use stored predictions")
-    bundled = record.config.dataset in ("digits", "generated")
+    bundled = record.config.dataset in ("digits", "generated") and store.find(record.config, ".safetensors").exists()
     if record.config.stage2 is not None or (arguments.data_root is None and not bundled):
         predictions = record.predictions()
     else:

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from . import distributed
-from .config import RunConfig
+from .config import SCHEDULES, RunConfig
 from .data import LISTS, SPECS, available
 from .errors import DataError, MislasError
 from .losses import LOSSES
@@ -51,6 +51,7 @@ REGISTRIES = {
     "METRICS": METRICS,
     "RULES": RULES,
     "BACKBONES": BACKBONES,
+    "SCHEDULES": SCHEDULES,
 }
 TIMEOUTS = 20  # how often a job that reaches its time limit is queued again; preemptions do not count
 

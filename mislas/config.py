@@ -106,7 +106,7 @@ class Stage1(Sgd):
 
     def deferred(self, epoch: int) -> bool:
         """Whether what is deferred is still to come in an epoch (from 0). In the last it never is."""
-        return self.defer is not None and epoch < min(self.defer * self.epochs, self.epochs - 1)
+        return self.defer is not None and epoch < min(round(self.defer * self.epochs, 6), self.epochs - 1)
 
     def sampler_in(self, epoch: int) -> str:
         return self.deferred_sampler if self.deferred_sampler and not self.deferred(epoch) else self.sampler
@@ -317,7 +317,8 @@ class RunConfig:
         """The runs that teach this one's Stage-1, each a Stage-1 of its own; none without distillation."""
         if self.stage1.distillation is None:
             return []
-        plain = replace(self.stage1, distillation=None, sampler="instance_balanced")
+        alone = dict(distillation=None, sampler="instance_balanced", deferred_sampler=None, defer=None)
+        plain = replace(self.stage1, **alone)
         return [
             replace(self, stage1=replace(plain, group=group), stage2=None, method=f"expert+{group}") for group in GROUPS
         ]
@@ -497,6 +498,9 @@ def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
     if stage.sampler not in SAMPLERS:
         unknown(f"{name}.sampler", stage.sampler, SAMPLERS)
     allowed = {loss: spec for loss, spec in LOSSES.items() if all(hasattr(stage, key) for key in spec.settings)}
+    if stage.loss in LOSSES and stage.loss not in allowed:
+        lacks = ", ".join(key for key in LOSSES[stage.loss].settings if not hasattr(stage, key))
+        raise MislasError(f"loss {stage.loss!r} needs {lacks}, which {name} does not have; it has {', '.join(allowed)}")
     if stage.loss not in allowed:
         unknown(f"{name}.loss", stage.loss, allowed)
     spec = LOSSES[stage.loss]
@@ -561,7 +565,7 @@ def _check_stage1(stage: Stage1) -> None:
     samplers = {stage.sampler, stage.deferred_sampler, stage.second_sampler} - {None}
     if stage.group is not None and (samplers != {"instance_balanced"} or stage.distillation is not None):
         raise MislasError("stage1.group takes 'instance_balanced' batches, one branch, and no distillation")
-    if stage.distillation is not None and not stage.distillation > 0:
+    if stage.distillation is not None and not 0 < stage.distillation < math.inf:
         raise MislasError(f"stage1.distillation is a temperature > 0, or null, got {stage.distillation!r}")
     if stage.distillation is not None and stage.holdout is None:
         raise MislasError("stage1.distillation compares student and experts on held-out images: set stage1.holdout")

@@ -69,7 +69,7 @@ class ListSpec:
 
     Attributes:
         title: as the paper writes it.
-        num_classes: K.
+        num_classes: number of classes, K.
         train, test: lines of its two lists.
         smallest, largest: training images of the smallest and the largest class.
         train_list, test_list: file names, with or without ``.xz``.
@@ -95,12 +95,14 @@ class ListSpec:
 
     @property
     def imbalance(self) -> float:
-        """N_max / N_min: a fact about the list, where it is a parameter of the datasets in :data:`SPECS`."""
+        """N_max / N_min, a fact about the list; of the datasets in :data:`SPECS` it is a parameter."""
         return self.largest / self.smallest
 
 
 #: ImageNet-LT and Places-LT are those of Liu et al. (2019), iNaturalist 2018 that of Van Horn et al. (2018).
 #: ``generated`` is what :func:`mislas.lists.generate` writes: for tests, and to try things without any download.
+#:
+#: :meta hide-value:
 LISTS: dict[str, ListSpec] = {
     "imagenet-lt": ListSpec(
         "ImageNet-LT", 1000, 115_846, 50_000, 5, 1280, "ImageNet_LT_train.txt", "ImageNet_LT_test.txt"
@@ -152,6 +154,14 @@ def smallest_class(name: str, imbalance: float, n_max: int | None = None) -> int
     """How many training images the rarest class of a dataset has, before any file is read; see :func:`load`."""
     spec = spec_of(name)
     return spec.smallest if isinstance(spec, ListSpec) else min(_counts(spec, imbalance, n_max))
+
+
+def empty_groups(name: str, imbalance: float, n_max: int | None = None) -> list[str]:
+    """Which of many, medium and few no class of a dataset belongs to, before any file is read; see :func:`load`. Of
+    list files that is not known: none."""
+    spec = spec_of(name)
+    found = {} if isinstance(spec, ListSpec) else groups(_counts(spec, imbalance, n_max))
+    return [group for group, classes in found.items() if not classes]
 
 
 def _counts(spec: Spec, imbalance: float, n_max: int | None) -> tuple[int, ...]:
@@ -267,13 +277,15 @@ def long_tailed_counts(n_max: int, imbalance: float, num_classes: int) -> tuple[
     if not (np.isfinite(imbalance) and imbalance >= 1):
         raise MislasError(f"imbalance factor must be a finite number >= 1 (1 is balanced), got {imbalance!r}")
     ratio = 1 / imbalance
-    counts = tuple(int(n_max * ratio ** (k / (num_classes - 1.0))) for k in range(num_classes))
+    counts = [int(n_max * ratio ** (k / (num_classes - 1.0))) for k in range(num_classes)]
+    if imbalance == n_max:
+        counts[-1] = 1  # n_max * (1 / n_max) may be rounded to less
     if min(counts) < 1:
         raise MislasError(
             f"imbalance factor {imbalance:g} leaves class {counts.index(min(counts))} with no image "
             f"(the largest class has {n_max}); use an imbalance factor of at most {n_max}"
         )
-    return counts
+    return tuple(counts)
 
 
 def long_tailed_indices(
@@ -360,10 +372,12 @@ def load(
             splits = _torchvision(name, str(data_root), download)
     else:
         splits = _tree(name, str(data_root), spec.size, spec.num_classes)
-        largest = int(np.bincount(splits[0][1]).max())
-        if largest != spec.train_per_class:
+        sizes = np.bincount(splits[0][1], minlength=spec.num_classes)
+        if set(sizes.tolist()) != {spec.train_per_class}:
+            found = " to ".join(map(str, sorted({int(sizes.min()), int(sizes.max())})))
             raise DataError(
-                f"{name} has {largest} training images in its largest class, and its Spec says {spec.train_per_class}"
+                f"{name} has {found} training images of a class, and its Spec says "
+                f"{spec.train_per_class} of every class; images that are long-tailed as they are belong in list files"
             )
     (train_images, train_targets), (test_images, test_targets), class_names = splits
     index = long_tailed_indices(train_targets, imbalance, spec.num_classes, n_max)

@@ -218,9 +218,21 @@ class SyncedBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(network: nn.Module) -> None:
-    """Let batch norm take its statistics over the pieces of all processes, in place; parameters stay what they are."""
+    """Let batch norm take its statistics over the pieces of all processes, in place; parameters stay what they are.
+
+    Raises:
+        MislasError: batch norm of another kind than the usual, of which each process would keep statistics of its own.
+    """
     if world() == 1:
         return
+    for layer in network.modules():
+        usual = type(layer) in (nn.BatchNorm2d, SyncedBatchNorm, nn.SyncBatchNorm)
+        as_made = usual and layer.affine and layer.track_running_stats and layer.momentum is not None
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not as_made:
+            raise MislasError(
+                "several processes train together with a BatchNorm2d that has scale, shift and running averages; the "
+                f"backbone has {layer}: use one process, or another backbone"
+            )
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.BatchNorm2d:

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .config import RunConfig
 from .data import LongTailed
+from .errors import MislasError
 from .evaluate import predict
 from .losses import cross_entropy
 from .models import CosineClassifier
@@ -174,6 +175,11 @@ def train_few_shot(
     network, classifier = stage1
     network.to(device, memory_format=torch.channels_last).requires_grad_(False)
     base, novel = base_and_novel(data)
+    if len(base) < 2:
+        raise MislasError(
+            "episodes pose some of the base classes as novel beside the others, which takes at least 2 of them; "
+            f"{data.name} has {data.num_classes} classes, of which {len(base)} is base"
+        )
     plain = plain_images(data, options, torch.arange(len(data.train_targets)))
     features = predict(network, [nn.Identity()], plain)[0]
     shown = [features[data.train_targets == k] for k in novel]
@@ -202,6 +208,6 @@ def train_few_shot(
 
     trained = alone(_loop(
         [config], "stage2", network, [head], [[{"params": list(head.parameters()), "lr": stage.lr}]], episodes,
-        data, options, checkpoint, evaluate, train_mode=False,
+        data, options, checkpoint, evaluate, mode=nn.Module.eval,
     ))  # fmt: skip
     return replace(trained, heads=[head.classifier()])

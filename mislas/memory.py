@@ -177,5 +177,5 @@ def train_memory(
 
     return alone(_loop(
         [config], "stage2", network, [head], [groups], steps, data, options, checkpoint, evaluate,
-        train_mode=trains,
+        mode=nn.Module.train if trains else nn.Module.eval,
     ))  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .config import Adjustment, Memory, RunConfig, Stage1, Stage2, stage2_kind
+from .config import Adjustment, Memory, RunConfig, Stage1, Stage2, check_type, stage2_kind
 from .data import LISTS, dataset_name
 from .errors import MislasError, UnknownName, unknown
 from .losses import LOSSES, Loss
@@ -444,8 +444,10 @@ def configure(
 
 
 def _stage(kind: type, method: str, values: dict[str, Any]) -> Any:
+    where, known = "stage1" if kind is Stage1 else "stage2", {f.name for f in fields(kind)}
+    typed = {key: check_type(f"method {method!r}: {key}", values[key], where, key) for key in known & values.keys()}
     try:
-        return kind(**values)
+        return kind(**values | typed)
     except TypeError as error:  # a slip in a recipe: a field too many, or one that is missing
         raise MislasError(f"method {method!r}: {str(error).replace('.__init__()', '')}") from error
 

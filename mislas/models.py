@@ -184,12 +184,14 @@ def check_backbone(name: str, size: int, shifts: bool) -> None:
         return
     with torch.no_grad(), torch.random.fork_rng([]):
         network = backbone(name).eval()
-        shape = tuple(network(torch.zeros(2, 3, size, size)).shape)
-    if shape != (2, network.num_features):
-        raise MislasError(
-            f"backbone {name!r} must turn images (B, 3, {size}, {size}) into features (B, {network.num_features}), as "
-            f"its num_features says; two images gave {shape}"
-        )
+        what = f"backbone {name!r} must turn images (B, 3, {size}, {size}) into features (B, {network.num_features})"
+        try:
+            features = network(torch.zeros(2, 3, size, size))
+        except Exception as error:  # whatever it raises: it is not ours
+            raise MislasError(f"{what}; with two images it raises {type(error).__name__}: {error}") from error
+    found = tuple(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
+    if found != (2, network.num_features):
+        raise MislasError(f"{what}, as its num_features says; two images gave {found}")
     if shifts:
         check_batch_norm(network)
 

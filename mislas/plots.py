@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import seaborn as sns
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from .data import SPECS, long_tailed_counts
 from .evaluate import Bins
@@ -86,7 +88,8 @@ def _heading(study: Study, dataset: str, shown: Sequence[Record], title: str | N
         seeds.setdefault(record.config.dataset, set()).add(record.config.seed)
     used = [f"{name}, seed {', '.join(map(str, sorted(some)))}" for name, some in seeds.items()]
     changed = study.changed(shown).replace(" With", "; with")
-    return f"{title or study.title(dataset)}\n{study.kind}: {'; '.join(used)}{changed}"
+    lines = title or study.title(dataset), f"{study.kind}: {'; '.join(used)}{changed}"
+    return "\n".join(textwrap.fill(line, 58) for line in lines)
 
 
 def _nothing(study: Study, dataset: str, title: str | None) -> Table:
@@ -153,7 +156,7 @@ def reliability_figure(
             plt.Rectangle((0, 0), 1, 1, label="gap: surer than right", **OVER),
             plt.Rectangle((0, 0), 1, 1, label="gap: less sure than right", **UNDER),
             plt.Line2D([], [], color=GREY, linestyle="--", label="perfect calibration"),
-            plt.Rectangle((0, 0), 1, 1, color=GREY, alpha=0.55, label="share of test images"),
+            plt.Rectangle((0, 0), 1, 1, color=GREY, alpha=0.55, label=f"share of test images (longest: {largest:.0%})"),
         ]
         if not below:
             flat[len(panels)].legend(handles=handles, loc="center left", frameon=False)
@@ -305,7 +308,8 @@ def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str
             }
             for label, (x, y, line, colour) in frames.items():
                 style = {"fill": False, "edgecolor": colour, "linestyle": line, "linewidth": 3, "label": label}
-                ax.add_patch(plt.Rectangle((x + 0.07, y + 0.07), 0.86, 0.86, **style))
+                halo = [withStroke(linewidth=5.5, foreground="white")]  # seen on any shade
+                ax.add_patch(plt.Rectangle((x + 0.07, y + 0.07), 0.86, 0.86, path_effects=halo, **style))
             ax.plot([], [], linestyle="", marker="*", markersize=9, color="black", label="best")
             ax.legend(loc="upper left", frameon=False, title="darker is better", alignment="left")
         figure.suptitle(_heading(study, dataset, shown, title), fontsize=11, color=GREY)
@@ -327,6 +331,9 @@ def _matrix(ax: Axes, values: dict[tuple[int, int], float], sign: int) -> None:
                 ax.text(x + 0.5, y + 0.5, DASH, ha="center", va="center")
             elif sign * values[x, y] == high:
                 ax.plot(x + 0.79, y + 0.77, "*", markersize=9, color="white" if high > low else "black")
+    shades = ax.collections[0].get_facecolors()[cells.notna().to_numpy().ravel()]
+    for number, shade in zip(ax.texts, shades, strict=False):  # first in texts are the numbers
+        number.set_color("black" if sns.utils.relative_luminance(shade) > 0.18 else "white")  # the better contrast
     labels = [f"{i / 10}" for i in range(6)]
     ax.set(
         xlabel="$\\epsilon_1$ (largest class)",

@@ -37,7 +37,7 @@ from . import __version__, distributed
 from .adjust import adjust
 from .augment import Images
 from .config import Adjustment, FewShot, Memory, RunConfig
-from .data import LongTailed, load, smallest_class, spec_of, write_atomically
+from .data import LongTailed, empty_groups, load, smallest_class, spec_of, write_atomically
 from .errors import Diverged, ForeignRecord, MislasError, RecordError, UnknownName
 from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
@@ -359,16 +359,13 @@ def _train(
     configs: list[RunConfig], store: Store, data_root: str | os.PathLike | None, options: Options, download: bool
 ) -> None:
     datasets: dict[str, LongTailed] = {}
-    trained = False
     for groups in distributed.agree(lambda: side_by_side(plan(configs, store), options.together)):
         with claimed(groups, store, options):
             groups = distributed.agree(lambda groups=groups: [group for group in groups if not _done(group, store)])
             if not groups:
                 continue
-            over = trained and options.deadline is not None and time.monotonic() > options.deadline
-            if distributed.agree(over):
-                raise OutOfTime("stopped between two trainings")
-            trained = True
+            if distributed.agree(options.deadline is not None and time.monotonic() > options.deadline):
+                raise OutOfTime("stopped before a training")
             needed = {group[0].data_title: group[0] for group in groups}
             datasets = {key: data for key, data in datasets.items() if key in needed}  # no others are kept in memory
             for key, of in needed.items():
@@ -406,12 +403,18 @@ def plan(configs: Iterable[RunConfig], store: Store) -> list[list[RunConfig]]:
 
 def check_classes(config: RunConfig) -> None:
     """Raise :class:`MislasError` if a class would have no image to train on, by the imbalance factor or since Stage-1
-    holds some out. Files are not read."""
+    holds some out, or a group of classes no class for its expert. Files are not read."""
     smallest = smallest_class(config.dataset, config.imbalance, config.n_max)
     if config.stage1.holdout is not None and smallest < 2:
         raise MislasError(
             f"{config.method} holds out images of every class, and the rarest of {config.data_title} has {smallest}; "
             "use a smaller imbalance factor"
+        )
+    empty = empty_groups(config.dataset, config.imbalance, config.n_max)
+    if config.stage1.distillation is not None and empty:
+        raise MislasError(
+            f"{config.method} trains an expert on each group of classes, and {config.data_title} has no class with "
+            f"{' or '.join(empty)} shots; use another imbalance factor, or another dataset"
         )
 
 
@@ -552,6 +555,18 @@ def finish(
     for run_done in done:
         store.put(*run_done, source)
     store.checkpoint(group).unlink(missing_ok=True)
+    _tidy(store.checkpoint(group).parent)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the checkpoints of groups that were never ended and whose runs have all been done since, in others."""
+    for path in folder.glob("together-*.ckpt"):
+        try:
+            runs = torch.load(path, map_location="cpu", weights_only=True)["runs"]
+        except Exception:  # damaged, or gone: said when somebody goes on with it
+            continue
+        if all(any(folder.glob(f"*-{run}.json")) for run in runs):
+            path.unlink(missing_ok=True)
 
 
 def batch_norm_statistics(network: nn.Module) -> dict[str, np.ndarray]:

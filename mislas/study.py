@@ -113,8 +113,8 @@ UNSEEN = {
     "Stage-1 without mixup": _unseen("", "ce", "lws"),
     "Stage-1 with mixup": _unseen("+mixup", "mixup", "lws+mixup", "mislas"),
 }
-#: What is measured after a short Stage-1 as well, by dataset: rows of :data:`LEARNED` by Stage-1, and changes, which
-#: :data:`UNSEEN` takes, too. With many classes, and, as a control, with few.
+#: What is measured after a short Stage-1 as well, by dataset: rows of :data:`LEARNED` by Stage-1, and changes. With
+#: many classes, where :data:`UNSEEN` is measured so, too, and, as a control, with few.
 BRIEF: dict[str, tuple[dict[str, Rows], dict[str, Any]]] = {
     "tinyimagenet32": (LEARNED, {"stage1.epochs": 20}),
     **dict.fromkeys(

@@ -56,6 +56,9 @@ class Table:
         if not self.frame.empty:
             body = self.frame.to_html(classes="mislas-table", border=0, justify="center", sparsify=True)
             body = re.sub("ε_([1K])", r"ε<sub>\1</sub>", body)
+            body = re.sub(r"(?<=\w)\+(?=\w)", "+<wbr>", body)  # a long name may break there
+            body = re.sub(r"(?<=[> ])-(?=\d)", "−", body)
+            body = re.sub(r"(?<=\d)\*(?=</td>)", '<span class="mislas-star">*</span>', body)
             body = f'<div class="mislas-scroll">{body}</div>'
         notes = "".join(f'<p class="mislas-note">{_inline(note)}</p>' for note in self.notes)
         caption = f'<p class="mislas-caption">{_inline(self.caption)}</p>' if self.caption else ""
@@ -73,9 +76,13 @@ class Table:
 
 
 def _inline(text: str) -> str:
-    """Escape for HTML; `code` between backquotes becomes <code>."""
+    """Escape for HTML; `code` between backquotes becomes <code>, whose options do not break."""
     parts = html.escape(text).split("`")
-    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    parts[1::2] = [f"<code>{_OPTION.sub(_WHOLE, part)}</code>" for part in parts[1::2]]
+    return "".join(parts)
+
+
+_OPTION, _WHOLE = re.compile(r"(?<!\S)--[a-z-]+"), r'<span class="mislas-option">\g<0></span>'
 
 
 def table_of(
@@ -173,7 +180,7 @@ def compare(
     names = {name: method.title for name, method in METHODS.items()} | (titles or {})
     frame = pd.DataFrame(columns, index=[names[method] for method in methods])
     said = f"{'paper and measured' if beside else study.kind}, with the {study.kind} ECE (%)"
-    caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {said if shown else 'paper'}."
+    caption = f"Top-1 accuracy (%), {title or study.title(dataset)}: {'paper' if beside and not shown else said}."
     return table_of(study, frame, caption, notes, shown, beside)
 
 
@@ -263,8 +270,8 @@ def table2_gains(
         columns[f"IF {imbalance:g}", "ECE"] = [_ece_change(new, old) if new else DASH for new, old in steps]
     frame = pd.DataFrame(columns, index=["+ MU", "+ SL", "+ LAS, and ΔW"])
     caption = (
-        f"What each module adds to top-1 accuracy and to ECE, in points, {title or study.title(dataset)}. "
-        "± is the standard error over the test images, not over seeds."
+        f"What each module adds to top-1 accuracy and to ECE, in points, {title or study.title(dataset)}."
+        + " ± is the standard error over the test images, not over seeds." * bool(shown)
     )
     return table_of(study, frame, caption, [], shown, beside)
 

@@ -32,7 +32,9 @@ from .losses import effective_number_weights, mean
 from .methods import loss_for
 from .metric import METRICS
 from .models import (
+    RESNETS,
     GeneralisedClassifier,
+    batch_norms,
     check_batch_norm,
     freeze_but_last_block,
     init_kaiming,
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 
 class OutOfTime(Exception):
-    """The deadline is near; what was under way has been checkpointed."""
+    """The deadline is near, or here; the epochs that were done are checkpointed."""
 
 
 @dataclass
@@ -64,7 +66,9 @@ class Options:
         checkpoint_every: seconds between checkpoints; several processes write one every epoch.
         progress: whether to show a progress bar.
         workers: processes that decode image files; 0 decodes in this one, None takes one per processor.
-        deadline: a time of ``time.monotonic()`` before which training stops with :class:`OutOfTime`, checkpointed.
+        deadline: a time of ``time.monotonic()`` by which training stops with :class:`OutOfTime`: checkpointed before an
+            epoch that would end after it; or at it, without what the epoch under way has done (several processes that
+            train together end that epoch).
         together: how many Stage-1 runs of small networks train at once (:mod:`mislas.together`), at least 1.
 
     Raises:
@@ -425,11 +429,12 @@ def stage1_run(
         data = of_group(data, whole.groups, stage.group)
     generator = torch_rng(config.seed, "init")
     with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(generator.initial_seed())  # for what is no convolution or linear layer
+        torch.default_generator.manual_seed(generator.initial_seed())
         network, head = stage1_model(
             config.backbone, data.num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
         )
-    init_kaiming(network, generator)
+    if config.backbone in RESNETS:  # one of your own starts as you made it
+        init_kaiming(network, generator)
     init_kaiming(head, generator)
     if stage.weights is not None:
         load_backbone_weights(network, weights)
@@ -472,7 +477,7 @@ def stage1_run(
         steps = taught
     trained = yield from _loop(
         [config], "stage1", network, [head], [groups], steps,
-        data, options, checkpoint, evaluate, train_mode=True, together=together,
+        data, options, checkpoint, evaluate, mode=nn.Module.train, together=together,
     )  # fmt: skip
     for module in (network, head):
         round_to_half(module)
@@ -530,8 +535,16 @@ def train_stage2(
     return alone(_loop(
         list(configs), "stage2", network, heads, groups, on_frozen_features,
         data, options, checkpoint, evaluate,
-        train_mode=first.stage2.shift_bn, seconds=shifting,
+        mode=train_batch_norm if first.stage2.shift_bn else nn.Module.eval, seconds=shifting,
     ))  # fmt: skip
+
+
+def train_batch_norm(network: nn.Module) -> None:
+    """Shifted batch norm (paper, section 3.3): running means and variances follow the batches, and nothing else of the
+    network trains. Dropout, if it has any, stays off."""
+    network.eval()
+    for layer in batch_norms(network):
+        layer.train()
 
 
 def shift_statistics(
@@ -556,7 +569,7 @@ def shift_statistics(
     check_batch_norm(network)
     plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
     batches = batches_of(data, plain, "shift", config.seed, options)
-    network.train()
+    train_batch_norm(network)
     with torch.no_grad(), progress_bar(configs, "shift", epochs * len(data.train_targets), options) as bar:
         for epoch in range(epochs):
             for batch in batches.epoch(epoch, config.stage2.shift_sampler or "class_balanced"):
@@ -621,13 +634,15 @@ def _loop(
     options: Options,
     checkpoint: Path | None,
     evaluate: Callable | None,
-    train_mode: bool,
+    mode: Callable[[nn.Module], Any],
     together: int = 1,
     seconds: float = 0.0,
 ) -> Run:
     """Optimise heads (and what else is in ``groups``) on the losses that ``steps(epoch)`` yields, one per head.
 
     Args:
+        mode: brings the network into the mode in which it trains: ``nn.Module.train``, ``nn.Module.eval``, or
+            :func:`train_batch_norm`.
         seconds: what the runs took so far; a checkpoint knows it already.
 
     Raises:
@@ -640,7 +655,7 @@ def _loop(
         for group, s in zip(groups, stages, strict=True)
     ]
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    network.train(train_mode)
+    mode(network)
 
     images = len(data.train_targets)
     state = _State(network, heads, optimizers, data.checksum, [[] for _ in configs], seconds=seconds, together=together)
@@ -673,6 +688,9 @@ def _loop(
                 left -= size
                 totals += step.detach() * size
                 bar.update(size)
+                if distributed.world() == 1 and options.deadline is not None and time.monotonic() > options.deadline:
+                    network.eval()
+                    raise OutOfTime(f"stopped within epoch {epoch + 1} of {stage.epochs}, which will start again")
             rows = [{"epoch": epoch + 1, "lr": s.lr * factor} for s, factor in zip(stages, factors, strict=True)]
             for row, total in zip(rows, (totals / images).tolist(), strict=True):
                 row["train_loss"] = round(total, 5)
@@ -681,7 +699,7 @@ def _loop(
             if evaluate is not None and not last and (epoch + 1) % options.eval_every == 0:
                 for row, found in zip(rows, evaluate(network, heads), strict=True):
                     row |= found
-                network.train(train_mode)
+                mode(network)
             for history, row in zip(state.histories, rows, strict=True):
                 history.append(row)
             bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{rows[0]['train_loss']:.3f}", refresh=False)

@@ -1,4 +1,7 @@
+import functools
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +30,15 @@ def options():
 def digits():
     """scikit-learn's digits at imbalance factor 50: some 400 training images in all three groups."""
     return load("digits", imbalance=50)
+
+
+@pytest.fixture
+def near(monkeypatch):
+    """A deadline that is too near for a second epoch, however long the first takes: training's clock stands still."""
+    clock = SimpleNamespace(monotonic=functools.partial(float, time.monotonic() + 1000))
+    for module in ("train", "campaign"):
+        monkeypatch.setattr(f"mislas.{module}.time", clock)
+    return clock.monotonic() + 1
 
 
 class KilledError(BaseException):

@@ -275,6 +275,14 @@ def test_images_that_are_not_held_out_cannot_be_looked_at(digits, options, monke
         adjust([config], network, digits, options)
 
 
+@pytest.mark.parametrize("head", [nn.Sequential(nn.Linear(64, 10)), nn.Linear(64, 9)])
+def test_a_rule_makes_a_linear_classifier_of_all_classes(digits, held, options, monkeypatch, head):
+    monkeypatch.setitem(RULES, "slip", Rule(lambda known: head))
+    config = configure("digits", "ncm", 50, overrides={"epochs": 6, "rule": "slip"})
+    with pytest.raises(MislasError, match=r"rule 'slip' must make a linear classifier of \(10, 64\) weights, got "):
+        adjust([config], copy.deepcopy(held), digits, options)
+
+
 @pytest.mark.parametrize("rule", [
     lambda c: tau_normalised(c, 1.0), lambda c: logit_adjusted(c, [40, 12, 4], 1.0),
     lambda c: temperature_scaled(c, 2.0), lambda c: vector_scaled(c, FEATURES, LABELS, shift=False),

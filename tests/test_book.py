@@ -154,10 +154,12 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     measured = execute(rule_and_backbone, space).frame
     assert list(measured.index) == ["CE", "CE+TS", "Calm"]
     assert (measured["accuracy"].astype(float) > 50).all()
-    in_full, ending = scripts(page)
+    in_full, as_a_row, ending = scripts(page)
     monkeypatch.chdir(tmp_path)  # where no data are: it gets as far as that
     with pytest.raises(DataError, match="cannot read cifar10 under data"):
         exec(in_full, space)
+    (tmp_path / "results").mkdir(exist_ok=True)
+    assert execute(as_a_row, space).frame.index[-1] == "Mine"
     assert hand_over(ending, space, ["list", "methods"]) == 0
     assert "PolyLoss on square-root batches" in capsys.readouterr().out
 

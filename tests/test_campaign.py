@@ -14,6 +14,7 @@ from mislas.campaign import TABLE_3, campaign, images_per_second, jobs, parse_bu
 from mislas.cli import main
 from mislas.errors import MislasError, RecordError
 from mislas.methods import configure
+from mislas.models import BACKBONES
 from mislas.runs import Store, check_classes, run
 from mislas.study import BRIEF, FORMS, GRID, UNSEEN, Study
 from mislas.train import Options
@@ -69,6 +70,13 @@ def test_what_a_short_stage1_is_measured_on_is_wanted_of_one_that_holds_images_o
             config = configure("tinyimagenet32", method, 100, 0).override(changes | more)
             assert config.stage1.holdout == 0.1
             assert config.id in runs
+
+
+def test_a_backbone_of_ones_own_is_no_matter_of_a_resnets_last_block(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "mine", None)
+    methods = {config.method for config in wanted("cifar10", [100], overrides={"backbone": "mine"})}
+    assert {"mislas", "ldam+drw", "remix+drw"} <= methods
+    assert "bbn" not in methods
 
 
 def test_all_that_is_wanted_of_digits_can_be_trained():
@@ -157,14 +165,15 @@ def checkpoint(path, runs, epoch):
     return path.read_bytes()
 
 
-def test_slices_give_the_same_runs_as_no_interruption(full, tmp_path):
-    """Every slice runs on a fresh store and passes its archive on, as on machines that start bare."""
+def test_slices_give_the_same_runs_as_no_interruption(full, tmp_path, near):
+    """Every slice runs on a fresh store and passes its archive on, as on machines that start bare. By the clock that
+    stands still a second is enough for an epoch, and for no other."""
     archive = tmp_path / "a.tar"
     for slice_ in range(10):
         store = Store(tmp_path / f"slice{slice_}")
         if archive.exists():
             merge(archive, store)
-        done = campaign(configs(), store, None, replace(OPTIONS, eval_every=10), budget=0.01)
+        done = campaign(configs(), store, None, replace(OPTIONS, eval_every=10), budget=1)
         pack(configs(), store, archive)
         if done:
             break

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from mislas import cli
 from mislas.archive import merge, pack
 from mislas.cli import main, parse_overrides
 from mislas.errors import MislasError
-from mislas.methods import METHODS
+from mislas.methods import METHODS, configure
+from mislas.models import BACKBONES
 from mislas.runs import Store, run
 from mislas.train import Options
 
@@ -234,3 +236,48 @@ def test_which_runs_are_meant_is_no_matter_of_set():
 def test_a_store_that_is_not_there_is_no_empty_store(tmp_path, capsys):
     assert main(["list", "--results-root", str(tmp_path / "typo")]) == 2
     assert "typo is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pairs", [["epochs=1", "stage1.epochs=3"], ["stage1.epochs=1", "epochs=3"]])
+def test_of_two_values_for_one_field_the_last_counts(pairs):
+    config = configure("digits", "ce", overrides=parse_overrides(["lr=0.2", *pairs]))
+    assert (config.stage1.epochs, config.stage1.lr) == (3, 0.2)
+
+
+def test_of_several_methods_the_one_that_cannot_be_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(BACKBONES, "mine", None)
+    assert main(["train", "--dataset", "digits", "--method", "ce", "bbn", "--set", "backbone=mine"]) == 2
+    assert "bbn: stage1.second_sampler doubles the last block of a ResNet" in capsys.readouterr().err
+
+
+def test_a_results_root_is_no_empty_word(capsys):
+    assert main(["list", "--results-root", ""]) == 2
+    assert "--results-root is empty; name a folder, or leave it out" in capsys.readouterr().err
+
+
+def test_eval_without_weights_uses_stored_predictions(store, tmp_path, capsys):
+    identity, *_, accuracy = printed_runs(capsys, store)[0][:6]
+    other = shutil.copytree(store, tmp_path / "other")
+    for path in other.glob("*/*.safetensors"):
+        path.unlink()
+    assert main(["eval", identity, "--results-root", str(other)]) == 0
+    out = capsys.readouterr().out
+    assert f"accuracy {accuracy}" in out
+    assert "from weights" not in out
+
+
+def test_a_campaign_that_is_told_to_end_packs_what_it_made(tmp_path, monkeypatch, capsys):
+    def ended(configs, store, *_):
+        run(configs[:1], store, options=Options(device="cpu", progress=False))
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cli, "campaign", ended)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    where = ["--results-root", str(tmp_path / "results"), "--pack", str(tmp_path / "new.tar")]
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            main(["campaign", "--dataset", "digits", "--imbalance", "10", "--set", "epochs=1", *where])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert exit_.value.code == 143
+    assert "3 files packed" in capsys.readouterr().out

@@ -167,7 +167,7 @@ def test_a_job_knows_what_the_script_that_submits_it_has_registered(tmp_path):
     again = pickle.loads(cloudpickle.dumps(job.checkpoint())).function  # as a job that has to stop is queued again
     entries = {(registry, name): entry for registry, name, entry in again.entries}
     names = {("SPECS", "mine"), ("LOSSES", "seven"), ("SAMPLERS", "instance_balanced"), ("METRICS", "half")}
-    assert entries.keys() == names | {("BACKBONES", "resnet8")}
+    assert entries.keys() == names | {("BACKBONES", "resnet8"), ("SCHEDULES", "multistep")}
     drawn = entries["SAMPLERS", "instance_balanced"](np.random.default_rng(0), np.array([0, 1, 1]))
     assert drawn.tolist() == [0, 0, 0]
 

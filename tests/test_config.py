@@ -338,7 +338,7 @@ def test_a_run_says_what_it_trains_on():
         ("bbn", {"mixup": 1.0, "second_sampler": "reverse"}, "two branches mix features in place of images"),
         ("bbn", {"weights": "0123abcd", "backbone": "resnet50"}, "two branches start from random weights"),
         ("mixup", {"mixup": float("inf")}, "stage1.mixup is alpha > 0"),
-        ("lws", {"stage2.loss": "focal"}, "unknown stage2.loss 'focal'"),
+        ("lws", {"stage2.loss": "focal"}, "loss 'focal' needs gamma, which stage2 does not have; it has ce, las"),
         ("range", {"metric": "rnage"}, "unknown stage1.metric 'rnage'; did you mean 'range'"),
         ("range", {"metric_weight": -0.1}, "stage1.metric_weight must be >= 0 and finite, got -0.1"),
         ("range", {"metric_weight": None}, "stage1.metric_weight goes with metric"),
@@ -444,3 +444,20 @@ def test_eps_belongs_to_label_aware_smoothing():
 def test_what_cannot_be_trained_is_refused_when_configured(changes):
     with pytest.raises(MislasError):
         configure("digits", "ce", overrides=changes)
+
+
+def test_a_loss_says_which_setting_its_stage_does_not_have():
+    with pytest.raises(MislasError, match="'las' needs eps_1, eps_k, form, smoothing_over, which stage1 does not have"):
+        configure("cifar10", "ce", overrides={"stage1.loss": "las"})
+
+
+def test_experts_take_plain_batches_whatever_their_student_takes():
+    changes = {"deferred_sampler": "class_balanced", "defer": 0.5}
+    for expert in configure("cifar100", "oltr+lfme", overrides=changes).experts:
+        assert (expert.stage1.sampler, expert.stage1.deferred_sampler) == ("instance_balanced", None)
+
+
+def test_what_is_deferred_comes_after_its_share_of_the_epochs():
+    """0.55 of 200 epochs is 110 of them; in binary it is a little more."""
+    stage1 = configure("cifar10", "ldam+drw", overrides={"defer": 0.55}).stage1
+    assert [stage1.deferred(epoch) for epoch in (109, 110)] == [True, False]

@@ -21,6 +21,7 @@ from mislas.data import (
     available,
     dataset_name,
     decode,
+    empty_groups,
     groups,
     load,
     long_tailed_counts,
@@ -309,7 +310,7 @@ def test_files_that_change_are_read_again(root, suffix):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Spec("Tiny", 3, 8, 5), "has 6 training images in its largest class, and its Spec says 5"),
+        (Spec("Tiny", 3, 8, 5), "has 6 training images of a class, and its Spec says 5 of every class"),
         (Spec("Tiny", 3, 16, 6), r"test/ant/0\.jpg is 8x8 pixels, not 16x16"),
         (Spec("Tiny", 2, 8, 6), r"has 3 classes under train/; 'tiny' has 2"),
     ],
@@ -615,3 +616,19 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full_disk):
     with full_disk(), pytest.raises(OSError, match=re.escape(str(path))):
         write_atomically(path, lambda handle: handle.write(bytes(10**5)))
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
+
+
+@pytest.mark.parametrize("n_max", [49, 98, 103])
+def test_one_image_is_left_where_the_factor_is_the_largest_class(n_max):
+    """49 * (1 / 49) is less than 1 in binary."""
+    counts = long_tailed_counts(n_max, n_max, 10)
+    assert (counts[0], counts[-1]) == (n_max, 1)
+    with pytest.raises(MislasError, match=f"at most {n_max}"):
+        long_tailed_counts(n_max, n_max + 1, 10)
+
+
+def test_groups_without_a_class_are_known_before_any_file_is_read():
+    assert empty_groups("cifar10", 100) == ["few"]
+    assert empty_groups("cifar100", 100) == []
+    assert empty_groups("digits", 1) == ["medium", "few"]
+    assert empty_groups("imagenet-lt", 256) == []

@@ -282,3 +282,18 @@ def test_a_killed_process_is_started_again_and_changes_no_bit(one_process, two_p
         for name, expected in a.arrays().items():
             np.testing.assert_array_equal(b.arrays()[name], expected, err_msg=name)
     assert not list(tmp_path.glob("*/*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm1d(4),
+        nn.BatchNorm2d(4, affine=False),
+        nn.BatchNorm2d(4, momentum=None),
+        nn.BatchNorm2d(4, track_running_stats=False),
+    ],
+)
+def test_batch_norm_that_each_process_would_keep_for_itself_is_refused(monkeypatch, layer):
+    monkeypatch.setattr("mislas.distributed.world", lambda: 2)
+    with pytest.raises(MislasError, match=r"several processes train together .* the backbone has BatchNorm"):
+        replicate(nn.Sequential(layer))

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mislas.augment import Images
-from mislas.data import load
+from mislas.data import SPECS, load
+from mislas.errors import MislasError
 from mislas.evaluate import predict
 from mislas.fewshot import WeightGenerator, base_and_novel, draw_episodes, train_few_shot
 from mislas.methods import configure
@@ -220,3 +221,15 @@ def test_a_run_is_stored_beside_its_stage1_of_a_cosine_classifier(options, tmp_p
     assert store.get(config.stage1_only).path.name.startswith("ce-cosine-s0-")
     assert record.arrays()["weight_norm"].shape == (10,)
     assert isinstance(store.get_weights(config.stage1_only, 10)[1], CosineClassifier)
+
+
+def test_two_classes_are_too_few_for_episodes(options, monkeypatch):
+    """One would be novel, and the only other one posed as novel has no class beside it."""
+    digits = load("digits", imbalance=10)
+    monkeypatch.setitem(SPECS, "digits", replace(SPECS["digits"], num_classes=2))
+    two = torch.isin(digits.train_targets, torch.tensor([0, 9]))
+    data = digits.only(two, digits.train_targets[two].clamp(max=1))
+    config = configure("digits", "fslwf", 10, overrides=QUICK)
+    stage1 = nn.Flatten(), CosineClassifier(192, 2, 10.0)
+    with pytest.raises(MislasError, match="at least 2 of them; digits has 2 classes, of which 1 is base"):
+        train_few_shot(config, stage1, data, options)

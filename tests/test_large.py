@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -74,7 +73,7 @@ def test_a_stored_model_gives_its_recorded_accuracy_again(store, capsys):
 
 
 @pytest.mark.parametrize("method", ["mixup", "mislas"])
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(store, tmp_path, method):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(store, tmp_path, method, near):
     config = quick(method)
     other = Store(tmp_path)
     if config.stage2 is not None:
@@ -82,7 +81,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(store, tmp_path, method
         run(config, store, None, OPTIONS)
         run(config.stage1_only, other, None, OPTIONS)
     with pytest.raises(OutOfTime):
-        run(config, other, None, replace(OPTIONS, deadline=time.monotonic()))
+        run(config, other, None, replace(OPTIONS, deadline=near))
     assert len(other.under_way()) == 1
     (record,), whole = run(config, other, None, OPTIONS), store.get(config)
     assert not other.under_way()

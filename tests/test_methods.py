@@ -214,6 +214,17 @@ def test_a_slip_in_a_recipe_names_the_method_and_the_field(monkeypatch):
         configure("digits", "mine")
 
 
+def test_numbers_of_a_recipe_are_those_of_the_command_line(monkeypatch):
+    """``gamma=2`` is 2.0, so that both name one run; what has no such type says so."""
+    recipe = ONE_STAGE["focal"]
+    monkeypatch.setitem(METHODS, "mine", replace(recipe, stage1=dict(loss="focal", gamma=2)))
+    assert configure("cifar10", "mine").id == configure("cifar10", "focal", overrides={"gamma": 2}).id
+    for slip, says in ({"epochs": 2.0}, "epochs takes int, got 2.0"), ({"lr": "high"}, "lr takes float, got 'high'"):
+        monkeypatch.setitem(METHODS, "mine", replace(recipe, stage1=slip))
+        with pytest.raises(MislasError, match=f"method 'mine': {says}"):
+            configure("cifar10", "mine")
+
+
 def test_a_dataset_without_settings_says_where_they_go(monkeypatch):
     monkeypatch.setitem(SPECS, "mine", SPECS["digits"])
     with pytest.raises(MislasError, match=r"no settings to train mine with: add an entry to mislas.methods.SETTINGS"):

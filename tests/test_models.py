@@ -21,6 +21,7 @@ from mislas.models import (
     TwoBranches,
     backbone,
     batch_norms,
+    check_backbone,
     freeze_but_last_block,
     init_kaiming,
     load_backbone_weights,
@@ -29,7 +30,7 @@ from mislas.models import (
     use_float32_products,
 )
 from mislas.runs import Store, batch_norm_statistics, run
-from mislas.train import round_to_half
+from mislas.train import round_to_half, train_batch_norm
 
 # -------------------------------------------------------------------------------------------------------- backbones
 
@@ -341,7 +342,7 @@ def test_kaiming_weights_have_the_deviation_of_he_and_follow_the_generator():
 
 
 class Patches(nn.Module):
-    """Patches, a mark for each channel, layer norm, their mean: nothing but the convolution is He-normal."""
+    """Patches, a mark for each channel, layer norm, their mean."""
 
     def __init__(self, num_features=5):
         super().__init__()
@@ -405,6 +406,54 @@ def test_a_backbone_must_give_the_features_that_it_says_it_does(monkeypatch, tmp
     with pytest.raises(MislasError, match=r"\(B, 3, 8, 8\) into features \(B, 6\), .* two images gave \(2, 5\)"):
         run(configure("digits", "crt", 10, 0, ON_PATCHES), Store(tmp_path), None, options)
     assert not list(tmp_path.rglob("*.*"))
+
+
+class Marked(nn.Module):
+    """Batch norm and dropout, and weights that their maker has set."""
+
+    num_features = 3
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Dropout(0.5)
+        nn.init.constant_(self.conv.weight, 0.25)
+
+    def forward(self, images):
+        self.seen = self.drop(self.norm(self.conv(images)))
+        return self.seen.mean(dim=(2, 3))
+
+
+def test_a_backbone_of_ones_own_starts_as_it_was_made(monkeypatch, tmp_path, options):
+    monkeypatch.setitem(BACKBONES, "marked", Marked)
+    config = configure("digits", "ce", 10, 0, {"backbone": "marked", "epochs": 1, "lr": 1e-12})
+    run(config, Store(tmp_path), None, options)
+    assert Store(tmp_path).get_weights(config, 10)[0].conv.weight.detach().unique().tolist() == [0.25]
+
+
+def test_shifted_batch_norm_moves_its_averages_and_leaves_dropout_off():
+    network = Marked().train()
+    train_batch_norm(network)
+    before = network.norm.running_mean.clone()
+    with torch.no_grad():
+        network(torch.rand(8, 3, 5, 5) + 1)
+    assert not torch.equal(network.norm.running_mean, before)
+    assert (network.seen != 0).all()
+    assert [m.training for m in (network, network.conv, network.norm, network.drop)] == [False, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("forward", "says"),
+    [
+        (lambda images: (images, images), "two images gave a tuple"),
+        (lambda images: nn.Linear(5, 3)(images.flatten(1)), "with two images it raises RuntimeError: mat1 and mat2"),
+    ],
+)
+def test_a_backbone_that_fails_says_on_what(monkeypatch, forward, says):
+    network = Marked()
+    network.forward = forward
+    monkeypatch.setitem(BACKBONES, "marked", lambda: network)
+    with pytest.raises(MislasError, match=rf"'marked' must turn images \(B, 3, 8, 8\) .*{says}"):
+        check_backbone("marked", 8, False)
 
 
 @pytest.mark.parametrize(

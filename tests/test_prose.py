@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from mislas.data import long_tailed_counts
+from mislas.methods import HOLDOUT
 from mislas.report import CLAIMS, NORMS, norms_outcome, outcome
 from mislas.study import (
     ALL_OF_THEIRS,
     AS_MANY,
+    BALANCED,
     BRIEF,
     DRAWN,
     GRID,
@@ -172,3 +175,40 @@ def test_rows_above():
         published = paper.TABLE3["cifar10"].get(method)
         if published:
             assert abs(mean("accuracy", method) - published[0]) < 1.4
+
+
+def test_on_images_held_out():
+    page = "book/open-questions.md"
+    assert said(
+        page, "On the very same Stage-1, with nine tenths of the images, both vector scaling and logit adjustment"
+    )
+    assert said(page, "are more accurate than MiSLAS and better calibrated")
+    for method in ("vector-scaling+mixup", "logit-adjustment+temperature+mixup"):
+        assert mean("accuracy", method) > mean("accuracy", "mislas", changes=HOLDOUT)
+        for measure in ("ece", "nll", "brier"):
+            assert mean(measure, method) < mean(measure, "mislas", changes=HOLDOUT)
+    assert said(
+        page, "the scales of LWS fitted to held-out images are several points more accurate than those that LWS"
+    )
+    assert mean("accuracy", "lws-held-out") - mean("accuracy", "lws", changes=HOLDOUT) > 3
+
+
+def test_on_images_held_out_with_many_classes():
+    assert said("book/open-questions.md", "ends more over-confident than the network was before")
+    tiny = {"changes": BRIEF["tinyimagenet32"][1], "dataset": "tinyimagenet32"}
+    own = mean("ece", "mixup", changes=tiny["changes"] | HOLDOUT, dataset="tinyimagenet32")
+    scaled, shifted = (mean("ece", method, **tiny) for method in ("lws-held-out+mixup", "vector-scaling+mixup"))
+    assert mean("ece", "temperature+mixup", **tiny) < 1 < scaled < own < shifted
+    counts = long_tailed_counts(500, 100, 200)
+    assert sum(max(1, round(0.1 * n)) == 1 for n in counts) == pytest.approx(50, abs=5)  # a quarter of the classes
+
+
+def test_ten_epochs_lose_less_to_balancing():
+    assert said("book/open-questions.md", "a third or less of what it loses after 200 epochs")
+    for method, dataset in (("logit-adjustment+mixup", "cifar10"), ("logit-adjustment", "cifar10-jpeg")):
+        brief, whole = (
+            mean("accuracy", method, 100, more | DRAWN, dataset)
+            - mean("accuracy", method, 100, more | BALANCED, dataset)
+            for more in (BRIEF["cifar10"][1], {})
+        )
+        assert 2 < brief < whole / 3

@@ -133,10 +133,12 @@ def test_what_another_process_trains_is_waited_for(full, tmp_path, calls, capfd)
 
 
 def test_nothing_more_is_begun_after_the_deadline(tmp_path):
-    configs = [configure("digits", method, 50, overrides=QUICK | {"epochs": 1}) for method in ("ce", "ncm", "mixup")]
-    with pytest.raises(OutOfTime, match="between two trainings"):
+    configs = [configure("digits", method, 50, overrides=QUICK | {"epochs": 1}) for method in ("ce", "ncm")]
+    with pytest.raises(OutOfTime, match="before a training"):
         run(configs, Store(tmp_path), options=replace(OPTIONS, deadline=time.monotonic() - 1))
-    assert [record.config.method for record in Store(tmp_path)] == ["ce"]
+    assert not list(Store(tmp_path))
+    run(configs[0], Store(tmp_path), options=OPTIONS)
+    run(configs[0], Store(tmp_path), options=replace(OPTIONS, deadline=time.monotonic() - 1))  # it is there
 
 
 def test_waiting_for_another_process_ends_at_the_deadline(tmp_path):
@@ -639,3 +641,24 @@ def test_a_commit_is_that_of_the_repository_which_has_the_library(tmp_path, monk
     assert runs._commit() == git("rev-parse", "HEAD")
     file.write_text("changed")
     assert runs._commit() == git("rev-parse", "HEAD") + "+changes"
+
+
+def test_what_has_no_class_for_an_expert_is_said_before_anything_trains(tmp_path):
+    configs = [configure("digits", method, 2, overrides=QUICK) for method in ("ce", "oltr+lfme")]
+    with pytest.raises(MislasError, match=r"an expert on each group of classes, and digits IF=2 has no .* few "):
+        run(configs, Store(tmp_path), options=OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_checkpoint_of_a_group_goes_once_its_runs_are_done_in_others(tmp_path, near):
+    """Three classifiers are stopped together; then two of them are wanted, and then all."""
+    store = Store(tmp_path)
+    configs = [configure("digits", m, 50, overrides=QUICK | {"stage2.epochs": 3}) for m in ("lws", "crt", "lws+las")]
+    run(configs[0].stage1_only, store, options=OPTIONS)
+    with pytest.raises(OutOfTime):
+        run(configs, store, options=replace(OPTIONS, deadline=near))
+    (path,) = store.under_way()
+    run(configs[:2], store, options=OPTIONS)
+    assert store.under_way() == [path]
+    run(configs, store, options=OPTIONS)
+    assert store.under_way() == []

@@ -361,4 +361,4 @@ def test_captions_name_the_overrides(made_up):
     study = Study(results_root=made_up.root, overrides={"stage1.weight_decay": 5e-4})
     assert table3(study, "cifar10", [100], ["ce"]).caption.endswith(" With stage1.weight_decay=0.0005.")
     figure = reliability_figure(study, "cifar10", [("CE", "ce", 100)])
-    assert "with stage1.weight_decay=0.0005" in figure.get_suptitle()
+    assert "with stage1.weight_decay=0.0005" in " ".join(figure.get_suptitle().split())

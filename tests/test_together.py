@@ -1,4 +1,3 @@
-import time
 from dataclasses import replace
 
 import pytest
@@ -132,10 +131,10 @@ def test_runs_killed_together_are_resumed_alone_and_together(datasets, joint, tm
         assert_close(torch.load(tmp_path / c.id), torch.load(joint / c.id))
 
 
-def test_a_run_begun_alone_goes_on_beside_another(datasets, joint, tmp_path):
+def test_a_run_begun_alone_goes_on_beside_another(datasets, joint, tmp_path, near):
     first, second = CONFIGS[1:3]
     with pytest.raises(OutOfTime):
-        train_stage1(first, datasets[50], replace(OPTIONS, deadline=time.monotonic()), tmp_path / first.id)
+        train_stage1(first, datasets[50], replace(OPTIONS, deadline=near), tmp_path / first.id)
     start([first, second], datasets, tmp_path)
     for c in (first, second):
         found = torch.load(tmp_path / c.id)
@@ -143,9 +142,9 @@ def test_a_run_begun_alone_goes_on_beside_another(datasets, joint, tmp_path):
         assert_close(found, torch.load(joint / c.id))
 
 
-def test_out_of_time_stops_each_run_after_an_epoch_with_a_checkpoint(datasets, tmp_path):
+def test_out_of_time_stops_each_run_after_an_epoch_with_a_checkpoint(datasets, tmp_path, near):
     with pytest.raises(OutOfTime, match="after epoch 1 of 2"):
-        start(CONFIGS[1:], datasets, tmp_path, replace(OPTIONS, deadline=time.monotonic()))
+        start(CONFIGS[1:], datasets, tmp_path, replace(OPTIONS, deadline=near))
     assert [torch.load(tmp_path / c.id)["epoch"] for c in CONFIGS[1:]] == [1, 1, 1]
 
 

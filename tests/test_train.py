@@ -649,10 +649,28 @@ def test_a_run_killed_after_its_last_epoch_is_not_trained_again(digits, options,
     assert first.histories == second.histories
 
 
-def test_out_of_time_stops_after_an_epoch_with_a_checkpoint(digits, options, tmp_path):
+def test_out_of_time_stops_after_an_epoch_with_a_checkpoint(digits, options, tmp_path, near):
     with pytest.raises(OutOfTime, match="after epoch 1 of 4"):
-        train_stage1(digits_config("ce"), digits, replace(options, deadline=time.monotonic()), tmp_path / "checkpoint")
+        train_stage1(digits_config("ce"), digits, replace(options, deadline=near), tmp_path / "checkpoint")
     assert torch.load(tmp_path / "checkpoint")["epoch"] == 1
+
+
+def test_an_epoch_does_not_outlast_the_deadline(digits, options, tmp_path, monkeypatch):
+    """It is looked for between two steps. What the epochs before have done is kept."""
+    now, path, config = [0.0], tmp_path / "checkpoint", digits_config("ce", epochs=3)
+    monkeypatch.setattr("mislas.train.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow(*_):  # after the first epoch an hour has gone
+        now[0] += 3600
+        return [{}]
+
+    options = replace(options, eval_every=1, deadline=3)
+    with pytest.raises(OutOfTime, match="after epoch 1 of 3"):
+        train_stage1(config, digits, options, path, slow)
+    kept = torch.load(path)
+    with pytest.raises(OutOfTime, match="within epoch 2 of 3, which will start again"):
+        train_stage1(config, digits, options, path, slow)
+    assert_equal(torch.load(path), kept)
 
 
 def test_time_left_is_held_against_the_epochs_seen_and_adds_up_over_starts(digits, options, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from mislas.study import (
     GRID,
     LEARNED,
     THEIR_FACTORS,
+    UNSEEN,
     Study,
     authors_variants,
     balanced,
@@ -199,6 +200,14 @@ def test_on_images_held_out_with_many_classes():
     own = mean("ece", "mixup", changes=tiny["changes"] | HOLDOUT, dataset="tinyimagenet32")
     scaled, shifted = (mean("ece", method, **tiny) for method in ("lws-held-out+mixup", "vector-scaling+mixup"))
     assert mean("ece", "temperature+mixup", **tiny) < 1 < scaled < own < shifted
+    assert said(
+        "book/open-questions.md", "has the highest accuracy and the lowest NLL and Brier score, and finds images of"
+    )
+    others = [run for run in UNSEEN["Stage-1 with mixup"].values() if run[0] != "mislas"]
+    for measure, sign in (("accuracy", 1), ("accuracy_few", 1), ("nll", -1), ("brier", -1)):
+        values = [sign * mean(measure, m, 100, tiny["changes"] | more, tiny["dataset"]) for m, more in others]
+        mislas = sign * mean(measure, "mislas", changes=tiny["changes"] | HOLDOUT, dataset=tiny["dataset"])
+        assert max(values) < (mislas / 2 if measure == "accuracy_few" else mislas)
     counts = long_tailed_counts(500, 100, 200)
     assert sum(max(1, round(0.1 * n)) == 1 for n in counts) == pytest.approx(50, abs=5)  # a quarter of the classes
 

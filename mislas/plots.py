@@ -89,7 +89,7 @@ def _heading(study: Study, dataset: str, shown: Sequence[Record], title: str | N
     used = [f"{name}, seed {', '.join(map(str, sorted(some)))}" for name, some in seeds.items()]
     changed = study.changed(shown).replace(" With", "; with")
     lines = title or study.title(dataset), f"{study.kind}: {'; '.join(used)}{changed}"
-    return "\n".join(textwrap.fill(line, 58) for line in lines)
+    return "\n".join(textwrap.fill(line, 58, break_on_hyphens=False, break_long_words=False) for line in lines)
 
 
 def _nothing(study: Study, dataset: str, title: str | None) -> Table:

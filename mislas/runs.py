@@ -562,7 +562,7 @@ def _tidy(folder: Path) -> None:
     """Remove the checkpoints of groups that were never ended and whose runs have all been done since, in others."""
     for path in folder.glob("together-*.ckpt"):
         try:
-            runs = torch.load(path, map_location="cpu", weights_only=True)["runs"]
+            runs = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["runs"]
         except Exception:  # damaged, or gone: said when somebody goes on with it
             continue
         if all(any(folder.glob(f"*-{run}.json")) for run in runs):

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 
 class OutOfTime(Exception):
-    """The deadline is near, or here; the epochs that were done are checkpointed."""
+    """The deadline is near, or here. The same run goes on from its last checkpoint."""
 
 
 @dataclass
@@ -688,9 +688,10 @@ def _loop(
                 left -= size
                 totals += step.detach() * size
                 bar.update(size)
-                if distributed.world() == 1 and options.deadline is not None and time.monotonic() > options.deadline:
+                late = options.deadline is not None and time.monotonic() > options.deadline
+                if late and left and distributed.world() == 1:
                     network.eval()
-                    raise OutOfTime(f"stopped within epoch {epoch + 1} of {stage.epochs}, which will start again")
+                    raise OutOfTime(f"stopped within epoch {epoch + 1} of {stage.epochs}, which starts again")
             rows = [{"epoch": epoch + 1, "lr": s.lr * factor} for s, factor in zip(stages, factors, strict=True)]
             for row, total in zip(rows, (totals / images).tolist(), strict=True):
                 row["train_loss"] = round(total, 5)
@@ -706,9 +707,10 @@ def _loop(
             state.epoch, state.seconds = epoch + 1, before + time.monotonic() - started
             now = time.monotonic()
             per_epoch = (now - started) / (epoch + 1 - first_epoch)
-            over = options.deadline is not None and not last and now + 1.2 * per_epoch + 2 > options.deadline
-            over = distributed.agree(over)
-            if main and checkpoint is not None and (last or over or now - saved >= every):
+            until = math.inf if options.deadline is None else options.deadline - now
+            over = distributed.agree(not last and until < 1.2 * per_epoch + 2)
+            near = until < 3 * per_epoch + 2  # an epoch may take longer than those before, and be stopped
+            if main and checkpoint is not None and (last or over or near or now - saved >= every):
                 state.save(checkpoint, configs)
                 saved = now
             if over:

@@ -72,7 +72,7 @@ def test_what_a_short_stage1_is_measured_on_is_wanted_of_one_that_holds_images_o
             assert config.id in runs
 
 
-def test_a_backbone_of_ones_own_is_no_matter_of_a_resnets_last_block(monkeypatch):
+def test_of_a_backbone_of_ones_own_no_last_block_is_doubled(monkeypatch):
     monkeypatch.setitem(BACKBONES, "mine", None)
     methods = {config.method for config in wanted("cifar10", [100], overrides={"backbone": "mine"})}
     assert {"mislas", "ldam+drw", "remix+drw"} <= methods

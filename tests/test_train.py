@@ -668,7 +668,7 @@ def test_an_epoch_does_not_outlast_the_deadline(digits, options, tmp_path, monke
     with pytest.raises(OutOfTime, match="after epoch 1 of 3"):
         train_stage1(config, digits, options, path, slow)
     kept = torch.load(path)
-    with pytest.raises(OutOfTime, match="within epoch 2 of 3, which will start again"):
+    with pytest.raises(OutOfTime, match="within epoch 2 of 3, which starts again"):
         train_stage1(config, digits, options, path, slow)
     assert_equal(torch.load(path), kept)
 

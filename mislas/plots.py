@@ -308,7 +308,8 @@ def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str
             }
             for label, (x, y, line, colour) in frames.items():
                 style = {"fill": False, "edgecolor": colour, "linestyle": line, "linewidth": 3, "label": label}
-                halo = [withStroke(linewidth=5.5, foreground="white")]  # seen on any shade
+                unbroken = {"dash_offset": 0, "dash_list": None}
+                halo = [withStroke(linewidth=5.5, foreground="white", dashes=unbroken)]  # seen on any shade
                 ax.add_patch(plt.Rectangle((x + 0.07, y + 0.07), 0.86, 0.86, path_effects=halo, **style))
             ax.plot([], [], linestyle="", marker="*", markersize=9, color="black", label="best")
             ax.legend(loc="upper left", frameon=False, title="darker is better", alignment="left")

@@ -476,8 +476,9 @@ def _eval(arguments: argparse.Namespace) -> None:
     print(f"{record.config.method} on {record.config.data_title} seed {record.config.seed}")
     if record.config.stage2 is not None and arguments.data_root is not None:
         raise RecordError("only Stage-1 models are stored as weights; leave out --data-root to use stored predictions")
-    bundled = record.config.dataset in ("digits", "generated") and store.find(record.config, ".safetensors").exists()
-    if record.config.stage2 is not None or (arguments.data_root is None and not bundled):
+    bundled = record.config.dataset in ("digits", "generated")
+    again = arguments.data_root is not None or (bundled and store.find(record.config, ".safetensors").exists())
+    if record.config.stage2 is not None or not again:
         predictions = record.predictions()
     else:
         config = record.config

@@ -498,12 +498,12 @@ def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
     if stage.sampler not in SAMPLERS:
         unknown(f"{name}.sampler", stage.sampler, SAMPLERS)
     allowed = {loss: spec for loss, spec in LOSSES.items() if all(hasattr(stage, key) for key in spec.settings)}
-    if stage.loss in LOSSES and stage.loss not in allowed:
-        lacks = ", ".join(key for key in LOSSES[stage.loss].settings if not hasattr(stage, key))
-        raise MislasError(f"loss {stage.loss!r} needs {lacks}, which {name} does not have; it has {', '.join(allowed)}")
-    if stage.loss not in allowed:
+    if stage.loss not in LOSSES:
         unknown(f"{name}.loss", stage.loss, allowed)
     spec = LOSSES[stage.loss]
+    if stage.loss not in allowed:
+        lacks = ", ".join(key for key in spec.settings if not hasattr(stage, key))
+        raise MislasError(f"loss {stage.loss!r} needs {lacks}, which {name} does not have; it has {', '.join(allowed)}")
     if any(getattr(stage, key, None) is None for key in spec.settings):
         *most, last = spec.settings
         needs = f"{', '.join(most)} and {last}" if most else last

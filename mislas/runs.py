@@ -410,8 +410,8 @@ def check_classes(config: RunConfig) -> None:
             f"{config.method} holds out images of every class, and the rarest of {config.data_title} has {smallest}; "
             "use a smaller imbalance factor"
         )
-    empty = empty_groups(config.dataset, config.imbalance, config.n_max)
-    if config.stage1.distillation is not None and empty:
+    experts = config.stage1.distillation is not None
+    if experts and (empty := empty_groups(config.dataset, config.imbalance, config.n_max)):
         raise MislasError(
             f"{config.method} trains an expert on each group of classes, and {config.data_title} has no class with "
             f"{' or '.join(empty)} shots; use another imbalance factor, or another dataset"

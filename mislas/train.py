@@ -662,7 +662,9 @@ def _loop(
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, configs)
     learned_alone = [p for head in heads for p in head.parameters() if p.requires_grad]
-    main, every = distributed.rank() == 0, options.checkpoint_every if distributed.world() == 1 else 0.0
+    main, single = distributed.rank() == 0, distributed.world() == 1
+    every = options.checkpoint_every if single else 0.0
+    deadline = math.inf if options.deadline is None else options.deadline
     started = saved = time.monotonic()
     before, first_epoch = state.seconds, state.epoch
     with progress_bar(configs, stage_name, stage.epochs * images, options, state.epoch * images) as bar:
@@ -688,8 +690,7 @@ def _loop(
                 left -= size
                 totals += step.detach() * size
                 bar.update(size)
-                late = options.deadline is not None and time.monotonic() > options.deadline
-                if late and left and distributed.world() == 1:
+                if single and left and time.monotonic() > deadline:
                     network.eval()
                     raise OutOfTime(f"stopped within epoch {epoch + 1} of {stage.epochs}, which starts again")
             rows = [{"epoch": epoch + 1, "lr": s.lr * factor} for s, factor in zip(stages, factors, strict=True)]
@@ -707,9 +708,8 @@ def _loop(
             state.epoch, state.seconds = epoch + 1, before + time.monotonic() - started
             now = time.monotonic()
             per_epoch = (now - started) / (epoch + 1 - first_epoch)
-            until = math.inf if options.deadline is None else options.deadline - now
-            over = distributed.agree(not last and until < 1.2 * per_epoch + 2)
-            near = until < 3 * per_epoch + 2  # an epoch may take longer than those before, and be stopped
+            over = distributed.agree(not last and now + 1.2 * per_epoch + 2 > deadline)
+            near = now + 3 * per_epoch + 2 > deadline  # an epoch may take longer than those before, and be stopped
             if main and checkpoint is not None and (last or over or near or now - saved >= every):
                 state.save(checkpoint, configs)
                 saved = now

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mislas import paper
 from mislas.data import long_tailed_counts
 from mislas.methods import HOLDOUT
 from mislas.report import CLAIMS, NORMS, norms_outcome, outcome
@@ -47,18 +48,18 @@ def mean(measure, method, imbalance=100, changes=None, dataset="cifar10"):
     return 100 * sum(record.metrics[measure] for record in records) / len(records)
 
 
-def says(claim, imbalance, measure=None):
-    """The verdicts on what is measured of a claim on CIFAR-10-LT."""
+def measured(claim, imbalance, measure=None):
+    """The outcomes of what is measured of a claim on CIFAR-10-LT."""
     found = [outcome(STUDY, "cifar10", c.at(imbalance)) for c in CLAIMS[claim - 1].comparisons
              if measure in (None, c.measure)]  # fmt: skip
-    made = [o.says for o in found if o.new]
+    made = [o for o in found if o.new]
     assert made  # else what is said of them would hold of nothing
     return made
 
 
-def effects(claim, imbalance, measure):
-    found = [outcome(STUDY, "cifar10", c.at(imbalance)) for c in CLAIMS[claim - 1].comparisons if c.measure == measure]
-    return [o.effect for o in found if o.new]
+def says(claim, imbalance, measure=None):
+    """Their verdicts."""
+    return [o.says for o in measured(claim, imbalance, measure)]
 
 
 def theirs(imbalance):
@@ -74,7 +75,7 @@ def test_over_confidence_mixup_and_smoothing():
         for imbalance in (100, 50) if claim > 1 else (100,):
             assert "contradicts" not in says(claim, imbalance)
     assert {"contradicts"} == set(says(3, 10, "ece"))
-    assert min(effects(3, 10, "accuracy")) > 0
+    assert min(o.effect for o in measured(3, 10, "accuracy")) > 0
     assert mean("ece", "mixup", 10) > mean("ece", "ce", 10)
     assert mean("ece", "mislas", 10) > mean("ece", "ce", 10)
 
@@ -172,8 +173,6 @@ def test_no_second_stage():
 
 def test_rows_above():
     assert said("book/introduction.md", "the rows above come back to within a point or so")
-    from mislas import paper
-
     for method in TWO_STAGES:
         published = paper.TABLE3["cifar10"].get(method)
         if published:

@@ -120,7 +120,12 @@ def _name(config: RunConfig, suffix: str) -> str:
 def _read_archive(archive: Path) -> Members:
     try:
         with tarfile.open(archive, "r:") as tar:
-            return {member.name: tar.extractfile(member).read() if member.isfile() else b"" for member in tar}
+            members = {member.name: tar.extractfile(member).read() if member.isfile() else b"" for member in tar}
+            tar.fileobj.seek(tar.offset)
+            rest = tar.fileobj.read()
+        if not rest or any(rest):  # tarfile takes what is damaged or cut at a header for the end
+            raise tarfile.ReadError("it is damaged, or ends early")
+        return members
     except (OSError, tarfile.TarError, ValueError) as error:
         raise RecordError(f"{archive} cannot be read ({error}); copy it again, or name another file") from error
 

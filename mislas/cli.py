@@ -52,6 +52,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 for data that fail a check, 2 after an error that the
     user can mend, or 130 if stopped."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # of a terminal without dashes or Greek
     arguments = _parser().parse_args(argv)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
     warnings.showwarning = lambda message, *_: first and print(f"mislas: warning: {message}", file=sys.stderr)
@@ -77,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"mislas: {reason}; once that is mended, the same command goes on from what is stored or checkpointed",
             file=sys.stderr,
         )
+        return 2
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        print("mislas: there is no such home folder: write the path in full, or set MISLAS_CACHE", file=sys.stderr)
         return 2
     return 0
 
@@ -124,7 +131,9 @@ def _which() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE",
         help="change fields of every run, e.g. epochs=20 stage2.eps_1=0.4",
     )
-    which.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    which.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: an NVIDIA GPU if there is one)"
+    )
     which.add_argument(
         "--compile",
         action="store_true",
@@ -241,7 +250,7 @@ def _add_eval(commands: argparse._SubParsersAction, parents: list[argparse.Argum
         "--bins", type=int, default=BINS, metavar="N", help=f"bins of the ECE (default: {BINS}, the paper's)"
     )
     evaluate.add_argument("--data-root", metavar="DIR", help="folder with the images")
-    evaluate.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+    evaluate.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: an NVIDIA GPU if there is one)")
     evaluate.set_defaults(call=_eval)
 
 

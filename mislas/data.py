@@ -502,8 +502,8 @@ def _decoded(name: str, tree: _Tree, size: int, num_classes: int) -> Splits:
 
 
 def cache_dir() -> Path:
-    base = os.environ.get("MISLAS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mislas"
-    return Path(base)
+    own, base = os.environ.get("MISLAS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own).expanduser() if own else (Path(base) if base else Path.home() / ".cache") / "mislas"
 
 
 def _find_place(name: str, root: Path) -> Path:

@@ -231,7 +231,8 @@ def read_list(file: str | os.PathLike, root: str | os.PathLike, num_classes: int
     file = Path(file)
     file = file if file.exists() else file.with_name(f"{file.name}.xz")
     try:
-        with lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8") as handle:
+        opened = lzma.open if file.suffix == ".xz" else open
+        with opened(file, "rt", encoding="utf-8-sig") as handle:  # some editors write a byte-order mark
             lines = handle.read().splitlines()
     except FileNotFoundError:
         raise DataError(
@@ -249,6 +250,8 @@ def read_list(file: str | os.PathLike, root: str | os.PathLike, num_classes: int
             raise DataError(f"{where}: {path[:80]!r} has no label; a line is 'path label'")
         if not (label[0].isascii() and label[0].isdigit() and len(label[0]) < 10 and int(label[0]) < num_classes):
             raise DataError(f"{where}: label {label[0][:20]!r} is not an integer in 0..{num_classes - 1}")
+        if "\\" in path and "/" not in path:
+            raise DataError(f"{where}: {path[:80]!r} has backslashes; paths have forward slashes")
         if path.startswith("/") or ".." in path.split("/"):
             raise DataError(f"{where}: {path[:80]!r} leaves the image root; paths are relative, without '..'")
         paths.append(path)

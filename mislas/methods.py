@@ -322,10 +322,12 @@ MEMORY: dict[str, Method] = {
     "oltr+lfme": Method(
         "OLTR+LFME", "Experts on many, medium and few shots teach a student, the less the better it is; then OLTR.",
         XIANG, (4, 8),
-        r"l &= -v_i(t) \log p_y + \sum_g w_g(t) \, \mathrm{KL}(q^{(g)} \Vert p^{(g)}), \\ "
-        r"v_i &= \pi_i + (1 - \pi_i) \tfrac tT, \quad \pi_i = q_{y_i}, \\ "
+        r"l &= -v_i(t) \log p_y + \sum_g w_g(t) \, \mathrm{KL}(\tilde q^{(g)} \Vert \tilde p^{(g)}), \\ "
+        r"v_i &= \pi_i + (1 - \pi_i) \tfrac tT, \quad \pi_i = q^{(g)}_{y_i}, \\ "
         r"w_g &= \min \Big( 1, \max \Big( 0, \frac{A_g - a_g}{0.7 A_g} \Big) \Big), \\ "
-        r"a_g, A_g & \text{: accuracies of student and expert}",
+        r"a_g, A_g & \text{: accuracies of student and expert}, \\ "
+        r"q^{(g)}, \tilde q^{(g)}, \tilde p^{(g)} & \text{: over group } g \text{ alone; } \tilde q, \tilde p "
+        r"\text{ at temperature 2}",
         stage1=dict(distillation=2.0, sampler="class_cyclic") | HOLDOUT, stage2=OLTR,
     ),
 }  # fmt: skip

@@ -142,10 +142,9 @@ def reliability_figure(
             if bins:
                 shown.append(records[0])
                 metrics = records[0].metrics
-                first_column, last_row = i % columns == 0, i + columns >= len(panels)
-                reliability_diagram(
-                    ax, bins, metrics["accuracy"], metrics["ece"], left=first_column, low=last_row, largest=largest
-                )
+                left = i % columns == 0 or not drawn[i - 1]
+                low = i + columns >= len(panels) or not drawn[i + columns]
+                reliability_diagram(ax, bins, metrics["accuracy"], metrics["ece"], left=left, low=low, largest=largest)
             else:
                 ax.text(0.5, 0.4, "not measured yet", ha="center", va="center", color=GREY)
                 ax.set(xlim=(0, 1), ylim=(-0.2, 1), xticks=[], yticks=[], aspect="equal")

@@ -20,11 +20,11 @@ from .errors import MislasError
 from .losses import check_counts, class_balanced_mean
 from .models import bias_of
 
-TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation and logit adjustment: 0, 0.1, ..., 2
+TAUS = [tau / 10 for tau in range(21)]  # tried for tau-normalisation (as Kang et al.) and logit adjustment: 0, ..., 2
 
 
 def tau_normalised(classifier: nn.Linear, tau: float) -> nn.Linear:
-    """``z_k = (w_k x + b_k) / |w_k|^tau`` (Kang et al., 2020, where there is no bias). Tau 0 changes nothing."""
+    """``z_k = (w_k x + b_k) / |w_k|^tau`` (Kang et al., 2020, who leave the bias out). Tau 0 changes nothing."""
     factor = classifier.weight.norm(dim=1) ** -tau
     return _linear(classifier.weight * factor[:, None], bias_of(classifier) * factor)
 

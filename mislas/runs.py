@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -432,6 +433,7 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
 
     Raises:
         OutOfTime: the options' deadline comes first.
+        OSError: the store's folder cannot be written.
     """
     if distributed.world() > 1:
         yield
@@ -452,8 +454,12 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
                     lock.acquire(timeout=left, poll_interval=0.5)
                 except Timeout:
                     raise OutOfTime(f"another process still trains {path.stem}") from None
-            except (OSError, NotImplementedError):  # a disk that knows no locks
+            except NotImplementedError:
                 continue
+            except OSError as error:
+                if error.errno in (errno.EROFS, errno.EACCES):  # said now, not after an epoch
+                    raise
+                continue  # a disk that knows no locks
             held.callback(lock.release)
             acquired.append(path)
         try:
@@ -554,8 +560,12 @@ def finish(
         done.append((config, metrics, history, arrays))
     for run_done in done:
         store.put(*run_done, source)
-    store.checkpoint(group).unlink(missing_ok=True)
-    _tidy(store.checkpoint(group).parent)
+    checkpoint = store.checkpoint(group)
+    checkpoint.unlink(missing_ok=True)
+    for name in (checkpoint.stem, *(store.path(config, "").name for config in group)):
+        for part in checkpoint.parent.glob(f".{name}.*.part"):  # of a process killed while it wrote
+            part.unlink(missing_ok=True)
+    _tidy(checkpoint.parent)
 
 
 def _tidy(folder: Path) -> None:

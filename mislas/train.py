@@ -108,6 +108,8 @@ class Options:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise MislasError(f"device {self.device!r} cannot be used here ({reason}); try 'cpu', or None") from error
+        if device.type not in ("cpu", "cuda"):  # others lack float64, or autocast
+            raise MislasError(f"device {self.device!r} is not supported; use 'cpu', 'cuda' or None")
         return device
 
 

@@ -455,13 +455,26 @@ def test_merge_allows_for_a_probability_that_is_rounded_to_0(tmp_path):
         merge(archives[1], Store(tmp_path / "other"))
 
 
-def test_merge_refuses_an_archive_cut_short(full, tmp_path):
+@pytest.mark.parametrize("damage", ["within a file", "between files", "within a header", "a bit of a header"])
+def test_an_archive_that_is_cut_or_damaged_is_refused(full, tmp_path, damage):
     archive = tmp_path / "a.tar"
     pack(configs(), full, archive)
-    archive.write_bytes(archive.read_bytes()[:3000])
-    with pytest.raises(RecordError):
+    whole = archive.read_bytes()
+    with tarfile.open(archive) as tar:
+        second = tar.getmembers()[1].offset
+    damaged = {
+        "within a file": whole[:3000],
+        "between files": whole[:second],
+        "within a header": whole[: second + 100],
+        "a bit of a header": whole[: second + 10] + bytes([whole[second + 10] ^ 1]) + whole[second + 11 :],
+    }[damage]
+    archive.write_bytes(damaged)
+    with pytest.raises(RecordError, match=r"cannot be read .*copy it again"):
         merge(archive, Store(tmp_path / "store"))
     assert not (tmp_path / "store").exists()
+    with pytest.raises(RecordError, match="cannot be read"):
+        pack(configs(), full, archive)
+    assert archive.read_bytes() == damaged
 
 
 def test_merge_refuses_a_run_that_the_store_has_with_other_measures(full, tmp_path):

@@ -1,7 +1,10 @@
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -281,3 +284,16 @@ def test_a_campaign_that_is_told_to_end_packs_what_it_made(tmp_path, monkeypatch
         signal.signal(signal.SIGTERM, before)
     assert exit_.value.code == 143
     assert "3 files packed" in capsys.readouterr().out
+
+
+def test_a_terminal_without_dashes_gets_the_whole_table(store, capsys):
+    identity = printed_runs(capsys, store)[0][0]
+    command = [sys.executable, "-m", "mislas.cli", "eval", identity, "--bins", "50", "--results-root", store]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True, check=True)
+    assert "(0.980, 1.000]" in done.stdout
+
+
+def test_a_home_folder_that_is_not_there_is_one_line(capsys):
+    assert main(["list", "--results-root", "~nobody-of-this-name/results"]) == 2
+    assert capsys.readouterr().err.startswith("mislas: there is no such home folder")

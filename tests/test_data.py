@@ -19,6 +19,7 @@ from mislas.data import (
     SPECS,
     Spec,
     available,
+    cache_dir,
     dataset_name,
     decode,
     empty_groups,
@@ -632,3 +633,15 @@ def test_groups_without_a_class_are_known_before_any_file_is_read():
     assert empty_groups("cifar100", 100) == []
     assert empty_groups("digits", 1) == ["medium", "few"]
     assert empty_groups("imagenet-lt", 256) == []
+
+
+def test_decoded_images_are_cached_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for own, base, found in (
+        ("~/own", "/base", tmp_path / "own"),
+        ("", "/base", Path("/base/mislas")),
+        ("", "", tmp_path / ".cache/mislas"),
+    ):
+        monkeypatch.setenv("MISLAS_CACHE", own)
+        monkeypatch.setenv("XDG_CACHE_HOME", base)
+        assert cache_dir() == found

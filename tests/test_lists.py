@@ -55,6 +55,10 @@ def test_a_compressed_list_is_the_same_list(written, tmp_path):
     assert packed.checksum == plain.checksum
 
 
+def test_a_byte_order_mark_is_no_part_of_a_path(written):
+    assert written("\ufeff" + LIST).paths == written(LIST).paths
+
+
 def test_the_checksum_is_that_of_the_lines(written):
     lines = LIST.replace("\n\n", "\n")
     assert written(LIST).checksum == hashlib.sha256(lines.encode()).hexdigest()[:16]
@@ -78,6 +82,7 @@ def test_the_checksum_is_that_of_the_lines(written):
         ("../a.jpg 0\n", r"line 1: '../a.jpg' leaves the image root"),
         ("/etc/a.jpg 0\n", r"line 1: '/etc/a.jpg' leaves the image root"),
         ("a/../../b.jpg 0\n", r"leaves the image root"),
+        ("a\\b.jpg 0\n", r"has backslashes; paths have forward slashes"),
     ],
 )
 def test_a_bad_list_is_one_line_that_names_the_place(written, text, message):

@@ -102,14 +102,22 @@ def average(numbers, sizes):
 def test_the_groups_of_table_6_average_to_its_last_column():
     for rows in paper.TABLE6.values():
         for numbers in rows.values():
-            assert average(numbers, paper.GROUP_SIZES["imagenet-lt"]) == pytest.approx(numbers[3], abs=0.15)
+            assert average(numbers, paper.GROUP_SIZES["imagenet-lt"]["authors' code"]) == pytest.approx(
+                numbers[3], abs=0.11
+            )
 
 
-def test_the_groups_of_table_8_average_to_its_last_column_but_for_oltr():
-    off = {m: average(n, paper.GROUP_SIZES["places-lt"]) - n[3] for m, n in paper.TABLE8.items()}
-    assert [method for method, difference in off.items() if abs(difference) > 0.25] == ["oltr"]
-    assert off["oltr"] == pytest.approx(1.4, abs=0.05)
-    assert average(paper.TABLE8["crt+mixup"], paper.GROUP_SIZES["places-lt"]) == pytest.approx(38.1, abs=0.05)
+def test_the_groups_of_table_8_average_to_its_last_column_by_one_definition_or_the_other_but_for_oltr():
+    words, code = (
+        {m: average(n, paper.GROUP_SIZES["places-lt"][by]) - n[3] for m, n in paper.TABLE8.items()}
+        for by in ("paper's words", "authors' code")
+    )
+    off = {m: min(abs(words[m]), abs(code[m])) for m in paper.TABLE8}
+    assert [method for method, difference in off.items() if difference > 0.06] == ["oltr"]
+    assert (words["oltr"], code["oltr"]) == pytest.approx((1.6, 1.4), abs=0.05)
+    own = [method for method in paper.TABLE8 if abs(words[method]) > 0.11 >= abs(code[method])]
+    assert own == ["oltr+lfme", "crt+mixup", "lws+mixup", "mislas"]
+    assert words["crt+mixup"] + 38.1 == pytest.approx(38.3, abs=0.05)
 
 
 def test_the_last_column_of_table_7_is_within_its_groups():

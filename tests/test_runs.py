@@ -161,6 +161,29 @@ def test_a_lock_that_a_killed_process_left_is_free(tmp_path, calls):
     assert not path.exists()
 
 
+def test_a_store_that_cannot_be_written_stops_before_training(tmp_path, calls, monkeypatch):
+    def acquire(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(OSError, match="Read-only"):
+        run(CE, tmp_path, options=OPTIONS)
+    assert not calls
+
+
+def test_what_a_process_left_that_was_killed_as_it_wrote_goes_when_its_run_is_done(tmp_path, calls):
+    store = Store(tmp_path)
+    short = config("ce", epochs=1)
+    checkpoint, record = store.checkpoint([short]), store.path(short, ".json")
+    left, other = (path.with_name(f".{path.name}.0123.part") for path in (checkpoint, record.with_name("other.json")))
+    left.parent.mkdir()
+    left.touch()
+    other.touch()
+    run(short, store, options=OPTIONS)
+    assert not left.exists()
+    assert other.exists()
+
+
 def test_a_disk_without_locks_is_no_hindrance(tmp_path, calls, monkeypatch):
     def acquire(*_, **__):
         raise OSError(errno.ENOLCK, "No locks available")

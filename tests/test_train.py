@@ -794,6 +794,11 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(device):
     assert "\n" not in str(caught.value)
 
 
+def test_a_device_of_another_kind_is_refused():
+    with pytest.raises(MislasError, match="device 'meta' is not supported; use 'cpu', 'cuda' or None"):
+        Options(device="meta").torch_device()
+
+
 def test_a_loss_that_gives_a_mean_is_refused(monkeypatch, digits):
     """As functional losses do by default: class weights and mixed labels would silently do nothing."""
     monkeypatch.setitem(LOSSES, "mine", LossSpec(lambda class_counts: torch.nn.functional.cross_entropy))

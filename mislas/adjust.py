@@ -15,7 +15,7 @@ from .data import LongTailed
 from .errors import MislasError
 from .evaluate import predict
 from .rules import RULES, Known, Seen
-from .train import Options, Trained, forward, plain_images, shift_statistics
+from .train import Options, Trained, forward, plain_images, shift_statistics, torch_rng
 
 
 def adjust(
@@ -61,11 +61,13 @@ def adjust(
     for config in configs:
         rule, value = RULES[config.stage2.rule], config.stage2.value
         known = Known(copy.deepcopy(classifier).cpu(), train.class_counts, trained, held_out)
-        if rule.choose is None:
-            head, row = rule.make(known), {}
-        else:
-            value = float(rule.choose(known)) if value is None else value
-            head, row = rule.make(known, value), {"value": round(value, 6)}
+        with torch.random.fork_rng([]):  # a rule of one's own may draw
+            torch.default_generator.manual_seed(torch_rng(config.seed, "stage2 rule").initial_seed())
+            if rule.choose is None:
+                head, row = rule.make(known), {}
+            else:
+                value = float(rule.choose(known)) if value is None else value
+                head, row = rule.make(known, value), {"value": round(value, 6)}
         if not isinstance(head, nn.Linear) or head.weight.shape != classifier.weight.shape:
             raise MislasError(
                 f"rule {config.stage2.rule!r} must make a linear classifier of {tuple(classifier.weight.shape)} "

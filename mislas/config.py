@@ -14,10 +14,10 @@ from typing import Any
 
 from .data import LISTS, dataset_name, spec_of, training_images
 from .errors import MislasError, unknown
-from .losses import LOSSES, SMOOTHING, check_smoothing
+from .losses import LOSSES, SMOOTHING, LossSpec, check_smoothing
 from .metric import METRICS
 from .models import BACKBONES, DELTAS, RESNETS, STAGES
-from .rules import RULES
+from .rules import RULES, Rule
 from .samplers import SAMPLERS
 
 #: Steps of a schedule: shares of the epochs after which the rate is multiplied, and by what; None is cosine, to 0.
@@ -121,6 +121,7 @@ class Stage2(Sgd):
         delta_lr: learning rate of dW as a ratio of ``lr`` (Table 5, column dW).
         loss: name in :data:`mislas.losses.LOSSES`: ``"las"`` is label-aware smoothing, equation (1).
         eps_1, eps_k, form, power, smoothing_over: of label-aware smoothing; see :mod:`mislas.losses`.
+        gamma, adjustment: as in :class:`Stage1`.
         shift_bn: whether the running mean and variance of batch norm are updated (section 3.3).
         shift_epochs, shift_sampler: as in :class:`Adjustment`: what moves them before the classifier is learned.
         mixup: as in :class:`Stage1`.
@@ -138,6 +139,8 @@ class Stage2(Sgd):
     form: str | None = None
     power: float | None = None
     smoothing_over: str | None = None
+    gamma: float | None = None
+    adjustment: float | None = None
     shift_bn: bool = False
     shift_epochs: int | None = None
     shift_sampler: str | None = None
@@ -253,10 +256,12 @@ class RunConfig:
                 object.__setattr__(self, "n_max", None)
         if self.backbone not in BACKBONES:
             unknown("backbone", self.backbone, BACKBONES)
-        if not (isinstance(self.seed, int) and self.seed >= 0):
+        if not (type(self.seed) is int and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
         if self.precision not in PRECISIONS:
             unknown("precision", self.precision, PRECISIONS)
+        for where in ("stage1", "stage2"):
+            object.__setattr__(self, where, _typed(where, getattr(self, where)))
         _check_stage("stage1", self.stage1)
         _check_stage1(self.stage1)
         if self.stage1.weights is not None and self.backbone not in STAGES:
@@ -439,12 +444,21 @@ def check_type(key: str, value: Any, where: str | None, field: str) -> Any:
     raise MislasError(f"{key} takes {annotation.replace(' | ', ' or ')}, got {value!r}")
 
 
+def _typed(where: str, stage: Stage | None) -> Stage | None:
+    """A stage whose values have their fields' types: a run is the same run with 1 and with 1.0."""
+    if stage is None:
+        return None
+    return replace(
+        stage, **{key: check_type(f"{where}.{key}", value, where, key) for key, value in vars(stage).items()}
+    )
+
+
 def _change(stage: Stage, new: dict[str, Any]) -> Stage:
     """``stage`` with ``new`` values. Settings that mean nothing beside them are off, whether new or old."""
     after = dataclasses.asdict(stage)
     after |= {key: value for key, value in new.items() if key in after}
-    if isinstance(stage, Stage1):  # two branches do not mix; without mixup there is no other way to mix
-        if after["second_sampler"] is not None and "second_sampler" not in new:
+    if isinstance(stage, Stage1):  # what takes whole images does not mix; without mixup there is no other way to mix
+        if any(after[key] is not None and key not in new for key in ("second_sampler", "metric", "distillation")):
             after["mixup"] = None
         if after["mixup"] is None and "mix" not in new:
             after["mix"] = None
@@ -452,7 +466,7 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
             after |= {"remix_kappa": None, "remix_tau": None}
     if isinstance(stage, Memory) and after["backbone_lr"] is None and "attention" not in new:
         after["attention"] = False
-    if isinstance(stage, Adjustment) and after["rule"] in RULES and RULES[after["rule"]].choose is None:
+    if isinstance(stage, Adjustment) and getattr(RULES.get(after["rule"]), "choose", True) is None:
         after["value"] = None
     if isinstance(stage, Stage1 | Stage2):
         spec = LOSSES.get(after["loss"])
@@ -497,13 +511,19 @@ def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
         unknown(f"{name}.schedule", stage.schedule, SCHEDULES)
     if stage.sampler not in SAMPLERS:
         unknown(f"{name}.sampler", stage.sampler, SAMPLERS)
+    for loss, spec in LOSSES.items():
+        if not isinstance(spec, LossSpec):
+            raise MislasError(f"LOSSES[{loss!r}] must be a LossSpec, such as LossSpec(make), got {spec!r}")
     allowed = {loss: spec for loss, spec in LOSSES.items() if all(hasattr(stage, key) for key in spec.settings)}
     if stage.loss not in LOSSES:
         unknown(f"{name}.loss", stage.loss, allowed)
     spec = LOSSES[stage.loss]
     if stage.loss not in allowed:
         lacks = ", ".join(key for key in spec.settings if not hasattr(stage, key))
-        raise MislasError(f"loss {stage.loss!r} needs {lacks}, which {name} does not have; it has {', '.join(allowed)}")
+        raise MislasError(
+            f"loss {stage.loss!r} needs {lacks}, which {name} does not have; it has {', '.join(allowed)}, or register "
+            "one that has its settings inside"
+        )
     if any(getattr(stage, key, None) is None for key in spec.settings):
         *most, last = spec.settings
         needs = f"{', '.join(most)} and {last}" if most else last
@@ -619,9 +639,12 @@ def _check_adjustment(stage: Adjustment, stage1: Stage1) -> None:
     if stage.rule not in RULES:
         unknown("stage2.rule", stage.rule, RULES)
     rule = RULES[stage.rule]
+    if not isinstance(rule, Rule):
+        raise MislasError(f"RULES[{stage.rule!r}] must be a Rule, such as Rule(make), got {rule!r}")
     if stage.value is not None and rule.choose is None:
         raise MislasError(
-            f"stage2.value goes with a rule that has one: leave it out, got {stage.value!r} for {stage.rule!r}"
+            f"stage2.value goes with a rule that chooses one, Rule(make, choose): {stage.rule!r} has none, got "
+            f"{stage.value!r}; leave it out"
         )
     if stage.value is not None and not rule.least <= stage.value < math.inf:
         raise MislasError(

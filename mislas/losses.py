@@ -214,6 +214,11 @@ class LossSpec:
     settings: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        for names in (self.settings, self.optional):
+            if not isinstance(names, tuple):
+                raise MislasError(f"settings of a loss are a tuple of names, such as ('gamma',), got {names!r}")
+
 
 def _las(class_counts, eps_1, eps_k, form, smoothing_over, power=None) -> Loss:
     return label_aware_smoothing(smoothing_factors(class_counts, eps_1, eps_k, form, power), over=smoothing_over)

@@ -199,7 +199,7 @@ class Store:
         for prefix, module in (("backbone.", network), ("classifier.", head)):
             parameters = {name for name, _ in module.named_parameters()}
             for name, value in module.state_dict().items():
-                value = value.detach().cpu().contiguous()
+                value = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # it may share memory
                 tensors[prefix + name] = value.half() if name in parameters else value
         content = save_safetensors(tensors, metadata={"run": config.id})
         write_atomically(self.path(config, ".safetensors"), lambda handle: handle.write(content))

@@ -627,13 +627,19 @@ BY_GROUP = {
 }
 
 
+def row_titles(methods: Sequence[str]) -> list[str]:
+    """Titles of methods; of those that share one, with their names."""
+    titles = [METHODS[method].title for method in methods]
+    return [t if titles.count(t) == 1 else f"{t} ({m})" for t, m in zip(titles, methods, strict=True)]
+
+
 def measures(
     study: Study,
     dataset: str,
     methods: Sequence[str] | dict[str, tuple[str, dict[str, Any]]],
     imbalance: float | None = 100,
     title: str | None = None,
-    columns: dict[str, tuple[str, float, int]] = MEASURES,
+    columns: dict[str, tuple] = MEASURES,
     changes: dict[str, Any] | None = None,
 ) -> Table:
     """Every measure of some methods: mean over seeds; all in percent but NLL (nats) and Brier (0..2).
@@ -643,23 +649,37 @@ def measures(
     Args:
         methods: names; or, by the row's title, a method and what the row changes of it.
         imbalance: None is the only one of a dataset of list files, and 100 of others.
-        columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`.
+        columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`. A
+            measure of your own has a fourth part, a function of a run's :class:`mislas.evaluate.Predictions`.
         changes: what is changed in every run.
+
+    Raises:
+        UnknownName: a column that is neither among the metrics nor has a function.
     """
-    runs = methods if isinstance(methods, dict) else {METHODS[method].title: (method, {}) for method in methods}
+    if not isinstance(methods, dict):
+        methods = {name: (method, {}) for name, method in zip(row_titles(methods), methods, strict=True)}
+    runs = methods
+    for key, (*_, last) in columns.items():
+        if not callable(last) and key not in MEASURES | BY_GROUP:
+            unknown("measure", key, MEASURES | BY_GROUP)
+
+    def value(record: Record, key: str) -> float | None:
+        own = columns[key][3:]
+        return own[0](record.predictions()) if own else record.metrics[key]
+
     asked = [(method, imbalance, (changes or {}) | own) for method, own in runs.values()]
     measured = study.side_by_side(dataset, asked)
     shown = [record for records in measured for record in records]
-    columns = {key: column for key, column in columns.items() if any(r.metrics[key] is not None for r in shown)}
+    columns = {key: column for key, column in columns.items() if any(value(r, key) is not None for r in shown)}
     rows = {}
     for name, records in zip(runs, measured, strict=True):
         cells = []
-        for key, (_, scale, digits) in columns.items():
-            values = [record.metrics[key] for record in records]
+        for key, (_, scale, digits, *_) in columns.items():
+            values = [value(record, key) for record in records]
             absent = not values or None in values
             cells.append(DASH if absent else f"{scale * statistics.mean(values):.{digits}f}")
         rows[name] = cells
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, _, _ in columns.values()])
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, *_ in columns.values()])
     factor = "" if imbalance is None else f", IF {imbalance:g}"
     units = " NLL in nats, Brier from 0 to 2, the others in %." if "nll" in columns else " In %."
     caption = f"Accuracy and calibration, {title or study.title(dataset)}{factor}.{units * bool(shown)}"
@@ -676,16 +696,16 @@ def selection(
     rows, shown = {}, []
     asked = [(method, imbalance, {}) for method in methods]
     found = study.side_by_side(dataset, asked)
-    for method, records in zip(methods, found, strict=True):
+    for name, records in zip(row_titles(methods), found, strict=True):
         shown += records
         looked = [[row["test_accuracy"] for row in record.history if "test_accuracy" in row] for record in records]
         if not records:
-            rows[METHODS[method].title] = [DASH] * 4
+            rows[name] = [DASH] * 4
             continue
         last, best = (statistics.mean(of(values) for values in looked) for of in (lambda v: v[-1], max))
         epochs = sorted({len(values) for values in looked})
         alone = epochs == [1]  # a run that looked once, at its end, says nothing of selection
-        rows[METHODS[method].title] = [
+        rows[name] = [
             f"{100 * last:.1f}",
             DASH if alone else f"{100 * best:.1f}",
             DASH if alone else points(100 * (best - last)),
@@ -908,7 +928,7 @@ def weight_norms(
     """
     rows, shown, missing = {}, [], []
     measured = study.each(dataset, [(method, None, changes) for method in methods])
-    for method, all_seeds in zip(methods, measured, strict=True):
+    for name, method, all_seeds in zip(row_titles(methods), methods, measured, strict=True):
         records = all_seeds[:1]
         shown += records
         missing += [] if records else [method]
@@ -920,7 +940,7 @@ def weight_norms(
                 for group, classes in groups(arrays["class_counts"].tolist()).items()
             }
         ratio = means["few"] / means["many"] if means["few"] and means["many"] else None
-        rows[METHODS[method].title] = [DASH if m is None else f"{m:.2f}" for m in (*means.values(), ratio)]
+        rows[name] = [DASH if m is None else f"{m:.2f}" for m in (*means.values(), ratio)]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*GROUPS, "few / many"])
     caption = (
         f"Mean L2 norm of the classifier's weights by group of classes, {title or study.title(dataset)}, first seed."

@@ -325,15 +325,18 @@ class Objective:
         with device:  # what losses keep lies there: nothing is copied in a step
             self.loss = loss_for(stage, class_counts)
             self.class_weights = None if beta is None else effective_number_weights(class_counts, beta)
+            tried = self.loss(torch.zeros(2, len(class_counts)), torch.zeros(2, dtype=torch.long))
+        if tried.shape != (2,):
+            raise MislasError(
+                f"loss {stage.loss!r} must give the loss of every image, shape (2,) for two, and no mean of them; it "
+                f"gave shape {tuple(tried.shape)}"
+            )
+        if tried.requires_grad:
+            raise MislasError(f"loss {stage.loss!r} has parameters that learn; only network and classifier are trained")
 
     def __call__(self, logits: Tensor, batch: Batch, epoch: int) -> Tensor:
         weights = None if self.class_weights is None or self.stage.deferred(epoch) else self.class_weights
         value = self.loss(logits, batch.targets)
-        if value.shape != batch.targets.shape:
-            raise MislasError(
-                f"loss {self.stage.loss!r} must give the loss of every image, shape {tuple(batch.targets.shape)}, and "
-                f"no mean of them; it gave shape {tuple(value.shape)}"
-            )
         if batch.partner_targets is None:
             return mean(value, None if weights is None else weights[batch.targets])
         value = torch.cat([value, self.loss(logits, batch.partner_targets)])

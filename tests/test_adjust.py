@@ -275,6 +275,14 @@ def test_images_that_are_not_held_out_cannot_be_looked_at(digits, options, monke
         adjust([config], network, digits, options)
 
 
+def test_what_a_rule_draws_follows_from_the_seed(digits, held, options, monkeypatch):
+    monkeypatch.setitem(RULES, "drawn", Rule(lambda known: nn.Linear(64, 10)))
+    configs = [configure("digits", "ncm", 50, seed, {"epochs": 6, "rule": "drawn"}) for seed in (0, 0, 1)]
+    one, same, other = (adjust([config], copy.deepcopy(held), digits, options).heads[0].weight for config in configs)
+    torch.testing.assert_close(one, same, rtol=0, atol=0)
+    assert not torch.allclose(one, other)
+
+
 @pytest.mark.parametrize("head", [nn.Sequential(nn.Linear(64, 10)), nn.Linear(64, 9)])
 def test_a_rule_makes_a_linear_classifier_of_all_classes(digits, held, options, monkeypatch, head):
     monkeypatch.setitem(RULES, "slip", Rule(lambda known: head))

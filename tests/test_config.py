@@ -6,7 +6,9 @@ import pytest
 
 from mislas.config import Adjustment, FewShot, Memory, RunConfig, Stage1, Stage2, field_names
 from mislas.errors import MislasError
+from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import configure
+from mislas.rules import RULES, tau_normalised
 
 MISLAS = configure("cifar10-jpeg", "mislas")
 
@@ -66,6 +68,8 @@ ELSEWHERE = {
     "stage1.remix_kappa": ("remix", {"remix_kappa": 4.0}),
     "stage1.remix_tau": ("remix", {"remix_tau": 0.4}),
     "stage1.gamma": ("focal", {"gamma": 1.0}),
+    "stage2.gamma": ("lws", {"stage2.loss": "focal", "stage2.gamma": 1.0}),
+    "stage2.adjustment": ("lws", {"stage2.loss": "logit_adjusted", "stage2.adjustment": 1.0}),
     "stage1.max_margin": ("ldam", {"max_margin": 0.4}),
     "stage1.scale": ("ldam", {"scale": 20.0}),
     "stage1.adjustment": ("balanced-softmax", {"adjustment": 0.5}),
@@ -170,7 +174,7 @@ def test_class_means_have_no_value():
     assert tau_norm.stage2.value == 2.0
     assert ncm.override({"value": 2.0}) == ncm
     assert tau_norm.override({"rule": "ncm"}).stage2 == replace(tau_norm.stage2, rule="ncm", value=None)
-    with pytest.raises(MislasError, match=r"got 2\.0 for 'ncm'"):
+    with pytest.raises(MislasError, match=r"goes with a rule that chooses one, .* 'ncm' has none, got 2\.0"):
         replace(ncm, stage2=replace(ncm.stage2, value=2.0))
 
 
@@ -338,12 +342,16 @@ def test_a_run_says_what_it_trains_on():
         ("bbn", {"mixup": 1.0, "second_sampler": "reverse"}, "two branches mix features in place of images"),
         ("bbn", {"weights": "0123abcd", "backbone": "resnet50"}, "two branches start from random weights"),
         ("mixup", {"mixup": float("inf")}, "stage1.mixup is alpha > 0"),
-        ("lws", {"stage2.loss": "focal"}, "loss 'focal' needs gamma, which stage2 does not have; it has ce, las"),
+        (
+            "lws",
+            {"stage2.loss": "ldam"},
+            "loss 'ldam' needs max_margin, scale, which stage2 does not have; it has ce, las, ",
+        ),
         ("range", {"metric": "rnage"}, "unknown stage1.metric 'rnage'; did you mean 'range'"),
         ("range", {"metric_weight": -0.1}, "stage1.metric_weight must be >= 0 and finite, got -0.1"),
         ("range", {"metric_weight": None}, "stage1.metric_weight goes with metric"),
         ("ce", {"metric_weight": 0.1}, "stage1.metric_weight goes with metric"),
-        ("lifted", {"mixup": 1.0}, "stage1.metric compares images of one class each: stage1.mixup"),
+        ("lifted", {"mixup": 1.0, "metric": "range"}, "stage1.metric compares images of one class each: stage1.mixup"),
         ("lifted", {"second_sampler": "reverse"}, "stage1.mixup and stage1.second_sampler must be null"),
         ("lws", {"second_sampler": "reverse"}, "stage2 needs a linear classifier"),
         ("temperature", {"holdout": None}, "'temperature' chooses its value on held-out images"),
@@ -392,7 +400,11 @@ def test_settings_of_other_methods_are_checked_too(method, changes, message):
         ("oltr+lfme", {"group": "few"}, "stage1.group takes 'instance_balanced' batches, one branch"),
         ("oltr+lfme", {"distillation": 0.0}, "stage1.distillation is a temperature > 0, or null, got 0.0"),
         ("oltr+lfme", {"holdout": None}, "stage1.distillation compares student and experts on held-out images"),
-        ("oltr+lfme", {"stage1.mixup": 1.0}, "stage1.distillation weighs whole images: mixup, second_sampler"),
+        (
+            "oltr+lfme",
+            {"stage1.mixup": 1.0, "distillation": 2.0},
+            "stage1.distillation weighs whole images: mixup, second_sampler",
+        ),
         ("oltr+lfme", {"beta": 0.9}, "metric and beta of stage1 must be null"),
         ("oltr", {"stage2.sampler": "balanced"}, "unknown stage2.sampler 'balanced'"),
     ],
@@ -461,3 +473,49 @@ def test_what_is_deferred_comes_after_its_share_of_the_epochs():
     """0.55 of 200 epochs is 110 of them; in binary it is a little more."""
     stage1 = configure("cifar10", "ldam+drw", overrides={"defer": 0.55}).stage1
     assert [stage1.deferred(epoch) for epoch in (109, 110)] == [True, False]
+
+
+def test_a_number_of_another_type_is_the_same_run():
+    config = configure("digits", "focal", 10)
+    same = replace(config, stage1=replace(config.stage1, gamma=2))
+    assert config.stage1.gamma == 2.0
+    assert same.id == config.id
+    assert type(same.stage1.gamma) is float
+
+
+@pytest.mark.parametrize(("field", "value"), [("epochs", 3.0), ("gamma", "2"), ("epochs", True)])
+def test_a_value_of_another_kind_is_refused_whoever_makes_the_stage(field, value):
+    config = configure("digits", "focal", 10)
+    with pytest.raises(MislasError, match=f"stage1.{field} takes .*, got {value!r}"):
+        replace(config, stage1=replace(config.stage1, **{field: value}))
+
+
+def test_truth_is_no_seed():
+    with pytest.raises(MislasError, match="seed must be an integer"):
+        configure("digits", "ce", 10, seed=True)
+
+
+def test_an_entry_that_is_no_loss_or_rule_says_so(monkeypatch):
+    monkeypatch.setitem(LOSSES, "bare", cross_entropy)
+    with pytest.raises(MislasError, match=r"LOSSES\['bare'\] must be a LossSpec"):
+        configure("digits", "ce", 10)
+    with pytest.raises(MislasError, match=r"a tuple of names, such as \('gamma',\), got 'gamma'"):
+        LossSpec(cross_entropy, settings=("gamma"))
+    monkeypatch.delitem(LOSSES, "bare")
+    monkeypatch.setitem(RULES, "bare", tau_normalised)
+    with pytest.raises(MislasError, match=r"RULES\['bare'\] must be a Rule"):
+        configure("digits", "tau-norm", 10, overrides={"rule": "bare"})
+
+
+@pytest.mark.parametrize("method", ["lifted", "oltr+lfme", "bbn"])
+def test_an_override_of_mixup_passes_over_what_takes_whole_images(method):
+    assert configure("digits", method, 10, overrides={"stage1.mixup": 0.5}).id == configure("digits", method, 10).id
+
+
+@pytest.mark.parametrize(("loss", "setting"), [("focal", "gamma"), ("logit_adjusted", "adjustment")])
+def test_stage_2_learns_with_other_losses_too(loss, setting):
+    config = configure("digits", "lws", 10, overrides={"stage2.loss": loss, f"stage2.{setting}": 1.0})
+    assert getattr(config.stage2, setting) == 1.0
+    assert config.stage1_only.id == configure("digits", "ce", 10).id
+    with pytest.raises(MislasError, match=f"loss '{loss}' needs {setting} in stage2"):
+        configure("digits", "lws", 10, overrides={"stage2.loss": loss})

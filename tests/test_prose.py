@@ -257,6 +257,27 @@ def test_on_images_held_out_with_many_classes():
         values = [sign * mean(measure, m, 100, tiny["changes"] | more, tiny["dataset"]) for m, more in others]
         mislas = sign * mean(measure, "mislas", changes=tiny["changes"] | HOLDOUT, dataset=tiny["dataset"])
         assert max(values) < (mislas / 2 if measure == "accuracy_few" else mislas)
+    plain = {
+        m: {key: mean(key, m, 100, tiny["changes"] | more, tiny["dataset"])
+            for key in ("accuracy", "accuracy_few", "ece", "nll", "brier")}
+        for m, more in UNSEEN["Stage-1 without mixup"].values()
+    }  # fmt: skip
+    assert said("book/open-questions.md", "as accurate as those that LWS learns, with half the ECE")
+    assert abs(plain["lws-held-out"]["accuracy"] - plain["lws"]["accuracy"]) < 0.3
+    assert plain["lws-held-out"]["ece"] == pytest.approx(plain["lws"]["ece"] / 2, abs=0.5)
+    assert said("book/open-questions.md", "A shift takes most of that back, and one temperature after logit adjustment")
+    back = plain["vector-scaling"]["ece"] - plain["lws-held-out"]["ece"]
+    assert back > (plain["lws"]["ece"] - plain["lws-held-out"]["ece"]) / 2
+    for measure, best in (("accuracy", max), ("nll", min), ("brier", min)):
+        assert best(plain, key=lambda m, of=measure: plain[m][of]) == "logit-adjustment+temperature"
+    assert said("book/open-questions.md", "though it finds the few classes half as often")
+    assert plain["logit-adjustment+temperature"]["accuracy_few"] == pytest.approx(
+        plain["lws"]["accuracy_few"] / 2, abs=0.5
+    )
+    assert said("book/open-questions.md", "Every row of it is more accurate than those after mixup")
+    mixed = [mean("accuracy", m, 100, tiny["changes"] | more, tiny["dataset"])
+             for m, more in UNSEEN["Stage-1 with mixup"].values()]  # fmt: skip
+    assert min(row["accuracy"] for row in plain.values()) > max(mixed)
     counts = long_tailed_counts(500, 100, 200)
     assert sum(max(1, round(0.1 * n)) == 1 for n in counts) == pytest.approx(50, abs=5)  # a quarter of the classes
 

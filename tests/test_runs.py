@@ -25,7 +25,7 @@ from mislas.errors import ForeignRecord, MislasError, RecordError
 from mislas.evaluate import predict
 from mislas.methods import configure
 from mislas.models import GeneralisedClassifier, backbone
-from mislas.runs import SOURCE, Store, finish, plan, run
+from mislas.runs import SOURCE, Store, finish, plan, read_weights, run
 from mislas.samplers import SAMPLERS
 from mislas.train import Options, OutOfTime, Trained
 
@@ -370,6 +370,17 @@ def test_weights_come_back_as_they_were_put(digits, options, tmp_path):
     network = network.to(memory_format=torch.channels_last).eval()
     assert torch.equal(head(network(x)), trained.heads[0](trained.backbone(x)))
     assert network.conv.weight.dtype == torch.float32
+
+
+def test_weights_that_share_memory_come_back(tmp_path):
+    """safetensors refuses them as they are."""
+    norm = nn.BatchNorm2d(4)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 4, 3), norm)
+    store = Store(tmp_path)
+    store.put_weights(CE, network, nn.Linear(4, 10))
+    path = store.find(CE, ".safetensors")
+    found = read_weights(path.read_bytes(), CE.id, path)
+    assert found.keys() == {*(f"backbone.{n}" for n in network.state_dict()), "classifier.weight", "classifier.bias"}
 
 
 def test_resnet32s_weights_take_under_1_mb(tmp_path):

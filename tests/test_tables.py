@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mislas.errors import MislasError
-from mislas.methods import configure
+from mislas.methods import METHODS, configure
 from mislas.report import Outcome
 from mislas.study import ALL_OF_THEIRS, LEARNED, Study, authors_variants
 from mislas.tables import (
@@ -333,3 +333,23 @@ def test_an_imbalance_factor_that_the_paper_lacks_stands_alone(made_up):
     assert [column for _, column in table.frame.columns] == ["measured", "ECE"]
     with pytest.raises(MislasError, match="unknown dataset of Table 3 'tinyimagenet32'"):
         distance(Study(results_root=made_up.root), "tinyimagenet32")
+
+
+def test_methods_of_one_title_are_told_apart(made_up, monkeypatch):
+    stored = Study(results_root=made_up.root)
+    monkeypatch.setitem(METHODS, "ce-b", replace(METHODS["ce"], stage1={"beta": 0.99}))
+    made_up("cifar10", "ce")
+    frame = measures(stored, "cifar10", ["ce", "ce-b", "mixup"], columns={"accuracy": ("accuracy", 100, 1)}).frame
+    assert frame.index.tolist() == ["CE (ce)", "CE (ce-b)", "mixup"]
+    assert frame.loc["CE (ce)", "accuracy"] == "75.0"
+
+
+def test_a_measure_of_ones_own_is_a_column(made_up):
+    stored = Study(results_root=made_up.root)
+    made_up("cifar10", "ce")
+    predictions = stored.runs("cifar10", "ce", 100)[0].predictions()
+    columns = {"accuracy": ("accuracy", 100, 1), "wrong": ("wrong", 100, 2, lambda p: float((~p.correct).mean()))}
+    frame = measures(stored, "cifar10", ["ce"], columns=columns).frame
+    assert frame.loc["CE"].tolist() == ["75.0", f"{100 * (predictions.predicted != predictions.target).mean():.2f}"]
+    with pytest.raises(MislasError, match="unknown measure 'aurc'"):
+        measures(stored, "cifar10", ["ce"], columns={"aurc": ("AURC", 1, 3)})

@@ -20,7 +20,7 @@ from mislas.augment import Images
 from mislas.data import load
 from mislas.errors import Diverged, MislasError, RecordError
 from mislas.evaluate import predict
-from mislas.losses import LOSSES, LossSpec, effective_number_weights
+from mislas.losses import LOSSES, LossSpec, cross_entropy, effective_number_weights
 from mislas.methods import ONE_STAGE, configure
 from mislas.metric import METRICS
 from mislas.models import backbone, init_kaiming, stage1_model
@@ -792,6 +792,15 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(device):
     with pytest.raises(MislasError, match=f"device '{device}' cannot be used here .*try 'cpu'") as caught:
         Options(device=device).torch_device()
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_that_would_learn_is_refused(monkeypatch, digits):
+    """Nothing would train it, and every result would be that of its first value."""
+    scale = torch.nn.Parameter(torch.ones(()))
+    monkeypatch.setitem(LOSSES, "mine", LossSpec(lambda class_counts: lambda z, y: cross_entropy(scale * z, y)))
+    config = digits_config("ce").override({"stage1.loss": "mine"})
+    with pytest.raises(MislasError, match="loss 'mine' has parameters that learn; only network and classifier"):
+        train_stage1(config, digits, Options(device="cpu", progress=False))
 
 
 def test_a_device_of_another_kind_is_refused():

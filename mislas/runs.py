@@ -87,7 +87,8 @@ class Record:
             ) from error
 
     def predictions(self) -> Predictions:
-        """Test predictions; probabilities are stored in steps of 1 / :data:`STEPS`."""
+        """Test predictions; probabilities are stored in steps of 1 / :data:`STEPS`. A confidence may so come to lie on
+        the edge of a bin, and fall into the bin below: the exact ECE and MCE are those in ``metrics``."""
         try:
             return predictions_in(self.arrays())
         except KeyError as error:

@@ -283,11 +283,12 @@ def test_on_images_held_out_with_many_classes():
 
 
 def test_ten_epochs_lose_less_to_balancing():
-    assert said("book/open-questions.md", "a third or less of what it loses after 200 epochs")
-    for method, dataset in (("logit-adjustment+mixup", "cifar10"), ("logit-adjustment", "cifar10-jpeg")):
+    assert said("book/open-questions.md", "about a third or less of what it loses after 200 epochs")
+    tried = [(f"logit-adjustment{mixup}", "cifar10") for mixup in ("+mixup", "")]
+    for method, dataset in (*tried, ("logit-adjustment", "cifar10-jpeg")):
         brief, whole = (
             mean("accuracy", method, 100, more | DRAWN, dataset)
             - mean("accuracy", method, 100, more | BALANCED, dataset)
             for more in (BRIEF["cifar10"][1], {})
         )
-        assert 2 < brief < whole / 3
+        assert 2 < brief < whole / 3 + 0.3

@@ -250,6 +250,7 @@ class RunConfig:
                 f"the imbalance factor of {self.dataset} is {spec_of(self.dataset).imbalance:g}, a fact about its "
                 f"training list and no parameter; got {self.imbalance:g}, leave it out"
             )
+        object.__setattr__(self, "n_max", check_type("n_max", self.n_max, None, "n_max"))
         if self.n_max is not None:
             _check_n_max(self)
             if self.n_max == spec_of(self.dataset).train_per_class:  # all there are: the same run as without

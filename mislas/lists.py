@@ -250,7 +250,7 @@ def read_list(file: str | os.PathLike, root: str | os.PathLike, num_classes: int
             raise DataError(f"{where}: {path[:80]!r} has no label; a line is 'path label'")
         if not (label[0].isascii() and label[0].isdigit() and len(label[0]) < 10 and int(label[0]) < num_classes):
             raise DataError(f"{where}: label {label[0][:20]!r} is not an integer in 0..{num_classes - 1}")
-        if "\\" in path and "/" not in path:
+        if "\\" in path:
             raise DataError(f"{where}: {path[:80]!r} has backslashes; paths have forward slashes")
         if path.startswith("/") or ".." in path.split("/"):
             raise DataError(f"{where}: {path[:80]!r} leaves the image root; paths are relative, without '..'")

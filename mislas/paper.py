@@ -222,7 +222,7 @@ TABLE7: dict[str, tuple[float, float, float, float]] = {
 }
 
 #: Table 8: Places-LT, ResNet-152 pretrained on ImageNet; top-1 accuracy (%), columns in the order of GROUPS.
-#: cRT+mixup has 38.3 in Table 4. Its rows do not share one definition of the groups: see :data:`GROUP_SIZES`.
+#: cRT+mixup has 38.3 in Table 4. The rows here do not share one definition of the groups: see :data:`GROUP_SIZES`.
 TABLE8: dict[str, tuple[float, float, float, float]] = {
     "lifted": (41.1, 35.4, 24.0, 35.2),
     "focal": (41.1, 34.8, 22.4, 34.6),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import json
 import os
@@ -457,10 +456,10 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
                     raise OutOfTime(f"another process still trains {path.stem}") from None
             except NotImplementedError:
                 continue
-            except OSError as error:
-                if error.errno in (errno.EROFS, errno.EACCES):  # said now, not after an epoch
+            except OSError:
+                if not os.access(path.parent, os.W_OK):  # said now, not after an epoch
                     raise
-                continue  # a disk that knows no locks
+                continue  # a disk that knows no locks, or a lock that another user left
             held.callback(lock.release)
             acquired.append(path)
         try:

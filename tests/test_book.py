@@ -145,7 +145,7 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     book, registries, hand_over, tmp_path, monkeypatch, capsys
 ):
     page = book.text(Path("book/add-a-method.md"))
-    cell, rule_and_backbone = CELL.findall(page)
+    cell, rule_and_backbone, own_measure = CELL.findall(page)
     assert len([line for line in cell.splitlines() if line.strip()]) < 30
     space = {}
     table = execute(cell, space)
@@ -154,6 +154,8 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     measured = execute(rule_and_backbone, space).frame
     assert list(measured.index) == ["CE", "CE+TS", "Calm"]
     assert (measured["accuracy"].astype(float) > 50).all()
+    sure = execute(own_measure, space).frame["wrong and sure"].astype(float)
+    assert sure["CE"] > sure["MiSLAS"] > 0
     in_full, as_a_row, ending = scripts(page)
     monkeypatch.chdir(tmp_path)  # where no data are: it gets as far as that
     with pytest.raises(DataError, match="cannot read cifar10 under data"):

@@ -490,6 +490,12 @@ def test_a_value_of_another_kind_is_refused_whoever_makes_the_stage(field, value
         replace(config, stage1=replace(config.stage1, **{field: value}))
 
 
+@pytest.mark.parametrize("n_max", [20.0, True])
+def test_a_number_of_images_is_an_integer(n_max):
+    with pytest.raises(MislasError, match="n_max takes int or None"):
+        replace(configure("digits", "ce", 10), n_max=n_max)
+
+
 def test_truth_is_no_seed():
     with pytest.raises(MislasError, match="seed must be an integer"):
         configure("digits", "ce", 10, seed=True)

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -166,27 +167,28 @@ def test_a_store_that_cannot_be_written_stops_before_training(tmp_path, calls, m
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(OSError, match="Read-only"):
         run(CE, tmp_path, options=OPTIONS)
     assert not calls
 
 
-def test_what_a_process_left_that_was_killed_as_it_wrote_goes_when_its_run_is_done(tmp_path, calls):
-    store = Store(tmp_path)
-    short = config("ce", epochs=1)
-    checkpoint, record = store.checkpoint([short]), store.path(short, ".json")
-    left, other = (path.with_name(f".{path.name}.0123.part") for path in (checkpoint, record.with_name("other.json")))
-    left.parent.mkdir()
-    left.touch()
-    other.touch()
-    run(short, store, options=OPTIONS)
-    assert not left.exists()
+def test_what_a_process_left_that_was_killed_as_it_wrote_goes_when_its_runs_are_done(tmp_path, calls):
+    store, group = Store(tmp_path), [config("crt", epochs=1), config("lws", epochs=1)]
+    paths = [store.checkpoint(group), store.path(group[0], ".json"), store.path(group[1], ".npz")]
+    *left, other = (path.with_name(f".{path.name}.0123.part") for path in (*paths, store.path(CE, ".json")))
+    other.parent.mkdir()
+    for part in (*left, other):
+        part.touch()
+    run(group, store, options=OPTIONS)
+    assert not any(part.exists() for part in left)
     assert other.exists()
 
 
-def test_a_disk_without_locks_is_no_hindrance(tmp_path, calls, monkeypatch):
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EACCES])  # the latter: a lock that another user left
+def test_a_disk_without_locks_is_no_hindrance(tmp_path, calls, monkeypatch, error):
     def acquire(*_, **__):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(error, "No locks available")
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
     run(config("ce", epochs=1), Store(tmp_path), options=OPTIONS)

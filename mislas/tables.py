@@ -897,13 +897,13 @@ def adds_up(study: Study, dataset: str, rows: dict[str, Sequence[float]], title:
     for method, (*by_group, everything) in rows.items() if study.kind != "tiny" else ():
         means = {name: float(np.dot(sizes, by_group) / sum(sizes)) for name, sizes in definitions.items()}
         agrees = [name for name, mean in means.items() if abs(mean - everything) <= 0.11]
-        told = "none" if not agrees else "all" if len(agrees) == len(means) else ", ".join(agrees)
+        told = {0: "neither", len(means): "both"}.get(len(agrees), ", ".join(agrees))
         cells[paper.TITLES_LARGE[method]] = [f"{everything:.1f}", *(f"{mean:.2f}" for mean in means.values()), told]
     columns = ["all, paper", *(f"from its groups, {name}" for name in definitions), "adds up by"]
     frame = pd.DataFrame.from_dict(cells, orient="index", columns=columns)
     sizes = "; ".join(f"{', '.join(map(str, sizes))} by the {name}" for name, sizes in definitions.items())
     caption = f"{title}: the paper's accuracy over all classes (%), and the mean of its groups. Classes: {sizes}."
-    if (frame["adds up by"] == "all").all():
+    if (frame["adds up by"] == "both").all():
         frame = frame.drop(columns="adds up by")
         caption += " Every row adds up to within 0.11; rounding explains 0.1."
     return Table(frame, caption if cells else "The tiny profile shows no number of the paper.")

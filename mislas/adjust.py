@@ -15,7 +15,7 @@ from .data import LongTailed
 from .errors import MislasError
 from .evaluate import predict
 from .rules import RULES, Known, Seen
-from .train import Options, Trained, forward, plain_images, shift_statistics, torch_rng
+from .train import Options, Trained, forward, plain_images, seeded, shift_statistics, torch_rng
 
 
 def adjust(
@@ -61,8 +61,7 @@ def adjust(
     for config in configs:
         rule, value = RULES[config.stage2.rule], config.stage2.value
         known = Known(copy.deepcopy(classifier).cpu(), train.class_counts, trained, held_out)
-        with torch.random.fork_rng([]):  # a rule of one's own may draw
-            torch.default_generator.manual_seed(torch_rng(config.seed, "stage2 rule").initial_seed())
+        with seeded(torch_rng(config.seed, "stage2 rule")):  # a rule of one's own may draw
             if rule.choose is None:
                 head, row = rule.make(known), {}
             else:

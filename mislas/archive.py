@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .config import RunConfig
-from .data import groups, write_atomically
+from .data import check_end, groups, write_atomically
 from .errors import RecordError
 from .evaluate import BINS, Predictions, reliability
 from .runs import STEPS, Record, Store, group_id, predictions_in, read_record, read_weights
@@ -121,10 +121,7 @@ def _read_archive(archive: Path) -> Members:
     try:
         with tarfile.open(archive, "r:") as tar:
             members = {member.name: tar.extractfile(member).read() if member.isfile() else b"" for member in tar}
-            tar.fileobj.seek(tar.offset)
-            rest = tar.fileobj.read()
-        if not rest or any(rest):  # tarfile takes what is damaged or cut at a header for the end
-            raise tarfile.ReadError("it is damaged, or ends early")
+            check_end(tar)
         return members
     except (OSError, tarfile.TarError, ValueError) as error:
         raise RecordError(f"{archive} cannot be read ({error}); copy it again, or name another file") from error

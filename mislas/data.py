@@ -550,14 +550,20 @@ def _find_tree(name: str, root: Path) -> _Tree:
                 name = member.name.removeprefix("./")
                 if member.isfile() and "/." not in name and name.startswith(("train/", "test/")):
                     yield name, tar.extractfile(member).read()
-        if place.suffix == ".tar":  # compression notices a cut; tarfile takes a plain tar that is cut for a shorter one
-            with place.open("rb") as handle:
-                handle.seek(-min(1024, place.stat().st_size), os.SEEK_END)
-                if any(handle.read()):
-                    raise EOFError("the archive ends early")
+            if place.suffix == ".tar":  # compression notices a cut by itself
+                check_end(tar)
 
     about = place.stat()
     return _Tree(place, from_archive, _digest(place, about.st_size, about.st_mtime_ns))
+
+
+def check_end(tar: tarfile.TarFile) -> None:
+    """Raise :class:`tarfile.ReadError` if a plain tar does not end where its last member was read: tarfile takes a
+    header that is cut or damaged for the end."""
+    tar.fileobj.seek(tar.offset)
+    rest = tar.fileobj.read()
+    if not rest or any(rest):
+        raise tarfile.ReadError("it is damaged, or ends early")
 
 
 @lru_cache(maxsize=8)

@@ -658,7 +658,6 @@ def measures(
     """
     if not isinstance(methods, dict):
         methods = {name: (method, {}) for name, method in zip(row_titles(methods), methods, strict=True)}
-    runs = methods
     for key, (*_, last) in columns.items():
         if not callable(last) and key not in MEASURES | BY_GROUP:
             unknown("measure", key, MEASURES | BY_GROUP)
@@ -667,15 +666,18 @@ def measures(
         own = columns[key][3:]
         return own[0](record.predictions()) if own else record.metrics[key]
 
-    asked = [(method, imbalance, (changes or {}) | own) for method, own in runs.values()]
+    asked = [(method, imbalance, (changes or {}) | own) for method, own in methods.values()]
     measured = study.side_by_side(dataset, asked)
     shown = [record for records in measured for record in records]
-    columns = {key: column for key, column in columns.items() if any(value(r, key) is not None for r in shown)}
+    found = {key: [[value(record, key) for record in records] for records in measured] for key in columns}
+    columns = {
+        key: columns[key] for key, rows in found.items() if any(v is not None for values in rows for v in values)
+    }
     rows = {}
-    for name, records in zip(runs, measured, strict=True):
+    for i, name in enumerate(methods):
         cells = []
         for key, (_, scale, digits, *_) in columns.items():
-            values = [value(record, key) for record in records]
+            values = found[key][i]
             absent = not values or None in values
             cells.append(DASH if absent else f"{scale * statistics.mean(values):.{digits}f}")
         rows[name] = cells

@@ -7,6 +7,7 @@ exactly as it would be alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
@@ -137,6 +138,14 @@ def host_rng(*parts: Any) -> np.random.Generator:
 def torch_rng(*parts: Any) -> torch.Generator:
     """A CPU generator for a purpose; initial weights are drawn on the CPU, so that devices agree."""
     return torch.Generator().manual_seed(int(host_rng(*parts).integers(2**62)))
+
+
+@contextlib.contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Within it what draws from PyTorch's own generator, such as a network's layers, starts as ``generator`` did."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(generator.initial_seed())
+        yield
 
 
 def draw_batches(
@@ -433,8 +442,7 @@ def stage1_run(
     if stage.group is not None:
         data = of_group(data, whole.groups, stage.group)
     generator = torch_rng(config.seed, "init")
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(generator.initial_seed())
+    with seeded(generator):
         network, head = stage1_model(
             config.backbone, data.num_classes, scale=stage.scale, two_branches=stage.second_sampler is not None
         )

@@ -454,11 +454,13 @@ def test_members_outside_an_archive_are_written_nowhere(root, tmp_path):
     assert not list(Path(tmp_path).rglob("*evil*"))
 
 
-def test_a_plain_tar_cut_within_a_header_is_damaged(root):
+@pytest.mark.parametrize("damage", ["cut within", "a bit of"])
+def test_a_plain_tar_with_a_damaged_header_is_damaged(root, damage):
     archive = pack(root, ".tar")
     with tarfile.open(archive) as tar:
-        last = [member for member in tar if member.isfile()][-1]
-    archive.write_bytes(archive.read_bytes()[: last.offset + 100])
+        place = [member for member in tar if member.isfile()][-1].offset + 100
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:place] + (bytes([whole[place] ^ 1]) + whole[place + 1 :]) * (damage == "a bit of"))
     with pytest.raises(DataError, match="damaged"):
         load("tiny", root, imbalance=1)
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import distributed
 from .errors import MislasError
+
+if TYPE_CHECKING:
+    from .config import Stage1
 
 
 class Images:
@@ -72,7 +78,7 @@ class Images:
             yield (crops * self.scale + self.shift).permute(0, 3, 1, 2)
 
 
-def mixup(images: Tensor, lam: float, partner: Tensor) -> Tensor:
+def mixup(images: Tensor, lam: float | Tensor, partner: Tensor) -> Tensor:
     """``lam * x_i + (1 - lam) * x_partner(i)`` (Zhang et al., 2018); the loss is mixed with the same weights."""
     return torch.lerp(images[partner], images, lam)
 
@@ -121,3 +127,60 @@ def remix_weight(lam: float, counts: Tensor, partner_counts: Tensor, kappa: floa
     if 1 - lam < tau:
         weight = torch.where(ratio <= 1 / kappa, 1.0, weight)
     return weight
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What there is to mix a batch by.
+
+    Attributes:
+        lam: weight of an image itself, 0..1, from Beta(alpha, alpha): one for the batch.
+        partner: whom each image is mixed with, ``(B,)``: places in the batch, in random order.
+        sizes: training images of each image's class, float32 ``(B,)``.
+        stage: the settings of the stage that mixes.
+        rng: for what else is drawn; the same for a seed on every device.
+    """
+
+    lam: float
+    partner: Tensor
+    sizes: Tensor
+    stage: Stage1
+    rng: np.random.Generator
+
+
+#: From images ``(B, 3, H, W)`` and their pairs to the mixed images, whom each was mixed with, ``(B,)``, and the weight
+#: of its own label, 0..1: one number, or one for each image, ``(B,)``.
+Mix = Callable[[Tensor, Pairs], tuple[Tensor, Tensor, float | Tensor]]
+
+
+def _cutmix(images: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, float]:
+    mixed, kept = cutmix(images, pairs.lam, pairs.partner, tuple(pairs.rng.random(2)))
+    return mixed, pairs.partner, kept
+
+
+def _remix(images: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    kappa, tau = pairs.stage.remix_kappa, pairs.stage.remix_tau
+    weight = remix_weight(pairs.lam, pairs.sizes, pairs.sizes[pairs.partner], kappa, tau)
+    return mixup(images, pairs.lam, pairs.partner), pairs.partner, weight
+
+
+#: Ways to mix, other than mixup itself, by name.
+MIXES: dict[str, Mix] = {"remix": _remix, "cutmix": _cutmix}
+
+
+def mix(name: str, images: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """Mix a batch by a way of :data:`MIXES`: images, partners and weights, one for each image; see :data:`Mix`.
+
+    Raises:
+        MislasError: what it gives has other shapes.
+    """
+    mixed, partner, weight = MIXES[name](images, pairs)
+    if not isinstance(weight, Tensor):
+        weight = torch.full(partner.shape, float(weight), device=images.device)
+    given = [tuple(part.shape) for part in (mixed, partner, weight)]
+    if given != [tuple(images.shape), (len(images),), (len(images),)]:
+        raise MislasError(
+            f"mix {name!r} must give as many images, partners and weights as it is given, {tuple(images.shape)}, "
+            f"({len(images)},) and ({len(images)},), or one weight; it gave {', '.join(map(str, given))}"
+        )
+    return mixed, partner, weight

@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from . import distributed
+from .augment import MIXES
 from .config import SCHEDULES, RunConfig
 from .data import LISTS, SPECS, available
 from .errors import DataError, MislasError
@@ -48,6 +49,7 @@ REGISTRIES = {
     "LISTS": LISTS,
     "LOSSES": LOSSES,
     "SAMPLERS": SAMPLERS,
+    "MIXES": MIXES,
     "METRICS": METRICS,
     "RULES": RULES,
     "BACKBONES": BACKBONES,

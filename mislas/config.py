@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from .augment import MIXES
 from .data import LISTS, dataset_name, spec_of, training_images
 from .errors import MislasError, unknown
 from .losses import LOSSES, SMOOTHING, LossSpec, check_smoothing
@@ -23,7 +24,6 @@ from .samplers import SAMPLERS
 #: Steps of a schedule: shares of the epochs after which the rate is multiplied, and by what; None is cosine, to 0.
 SCHEDULES = {"multistep": ((0.8, 0.9), 0.1), "multistep-bbn": ((0.6, 0.8), 0.01), "cosine": None}
 PRECISIONS = ("fp32", "bf16")
-MIXES = ("remix", "cutmix")
 GROUPS = ("many", "medium", "few")
 
 # A field whose value is None is "off" and is left out of the canonical form. A field added later starts as None, so
@@ -62,8 +62,8 @@ class Stage1(Sgd):
         warmup: epochs of linear warm-up (Cao et al., 2019, use 5 on CIFAR).
         loss: name in :data:`mislas.losses.LOSSES`; gamma, max_margin and adjustment belong to some of them.
         mixup: alpha of mixup's Beta(alpha, alpha), or None for no mixup.
-        mix: another way to mix than mixup, with ``mixup`` as its alpha: ``"remix"`` (with remix_kappa and remix_tau)
-            or ``"cutmix"``.
+        mix: name in :data:`mislas.augment.MIXES` of another way to mix than mixup, with ``mixup`` as its alpha.
+        remix_kappa, remix_tau: of Remix, > 0; see :func:`mislas.augment.remix_weight`.
         gamma: of the focal loss, >= 0.
         max_margin: of LDAM, > 0.
         scale: of a cosine classifier, > 0; None is a linear classifier.

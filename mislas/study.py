@@ -207,7 +207,7 @@ class Study:
     Args:
         profile: ``"stored"``, ``"tiny"`` or ``"full"``; see :data:`PROFILES`.
         data_root: folder with the images, for ``"full"``.
-        results_root: the store; None is the project's ``results/``. ``"tiny"`` keeps nothing.
+        results_root: the store; None is the project's ``results/``, and with ``"tiny"`` one that goes with the study.
         seeds: which seeds; None is every stored seed for ``"stored"``, and seed 0 otherwise.
         device: None takes a GPU if there is one; ``"tiny"`` runs on the CPU unless told otherwise.
         overrides: fields of the configuration to change in every run; see :meth:`RunConfig.override`.
@@ -244,12 +244,13 @@ class Study:
         self.seeds = list(seeds) if seeds is not None else None
         self.overrides = dict(overrides or {})
         if profile == "tiny":
-            self._folder = tempfile.TemporaryDirectory(prefix="mislas-tiny-")
-            self.store = Store(self._folder.name)
+            if not results_root:
+                self._folder = tempfile.TemporaryDirectory(prefix="mislas-tiny-")
+                results_root = self._folder.name
             self.options = Options(device=device or "cpu", workers=0)
         else:
-            self.store = Store(results_root or None)
             self.options = Options(device=device)
+        self.store = Store(results_root or None)
 
     def changed(self, shown: Sequence[Record] = ()) -> str:
         """What the overrides change, as captions say it: ``" With epochs=2."``; empty without any.

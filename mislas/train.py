@@ -13,7 +13,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import distributed
-from .augment import Images, cutmix, mixup, remix_weight
+from .augment import Images, Pairs, mix, mixup
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import Dataset, LongTailed, write_atomically
 from .errors import Diverged, MislasError, RecordError
@@ -210,7 +210,7 @@ class Batch:
 
 
 def mixed(
-    batch: Batch, stage: Stage1 | Stage2, lam: float, partner: Tensor, centres: np.random.Generator, counts: Tensor
+    batch: Batch, stage: Stage1 | Stage2, lam: float, partner: Tensor, rng: np.random.Generator, counts: Tensor
 ) -> Batch:
     """A plain batch mixed with itself, by mixup or in the stage's other way.
 
@@ -218,17 +218,16 @@ def mixed(
         batch: with all its images; this process's piece of them is mixed and returned.
         lam: weight of the image itself, 0..1.
         partner: whom each image is mixed with, ``(B,)``.
-        centres: what the centre of CutMix's box is drawn from.
+        rng: what else a way to mix draws from, such as the centre of CutMix's box.
         counts: training images of each class, ``(K,)``.
     """
-    mix, x, y, other = getattr(stage, "mix", None), batch.images, batch.targets, batch.targets[partner]
-    if mix == "cutmix":
-        x, weight = cutmix(x, lam, partner, tuple(centres.random(2)))
+    name, images, weight = getattr(stage, "mix", None), batch.images, lam
+    if name is None:
+        images = mixup(images, lam, partner)
     else:
-        x, weight = mixup(x, lam, partner), lam
-    if mix == "remix":
-        weight = remix_weight(lam, counts[y], counts[other], stage.remix_kappa, stage.remix_tau)
-    return Batch(x[distributed.piece(len(y))], y, other, weight, batch.index)
+        images, partner, weight = mix(name, images, Pairs(lam, partner, counts[batch.targets], stage, rng))
+    piece = distributed.piece(len(partner))
+    return Batch(images[piece], batch.targets, batch.targets[partner], weight, batch.index)
 
 
 class Batches:
@@ -580,7 +579,7 @@ def shift_statistics(
     config = configs[0]
     epochs = config.stage2.shift_epochs
     check_batch_norm(network)
-    plain = replace(config.stage1, mixup=None, mix=None, remix_kappa=None, remix_tau=None)
+    plain = config.override({"stage1.mixup": None}).stage1
     batches = batches_of(data, plain, "shift", config.seed, options)
     train_batch_norm(network)
     with torch.no_grad(), progress_bar(configs, "shift", epochs * len(data.train_targets), options) as bar:

@@ -17,6 +17,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import mislas
+from mislas.augment import MIXES
 from mislas.data import LISTS, SPECS
 from mislas.errors import DataError
 from mislas.losses import LOSSES
@@ -133,7 +134,7 @@ def test_the_cells_of_a_page_run_and_are_shown(page, monkeypatch):
 @pytest.fixture
 def registries():
     """What a page registers is gone after the test."""
-    known = (METHODS, LOSSES, SAMPLERS, RULES, BACKBONES, SPECS, LISTS, SETTINGS)
+    known = (METHODS, LOSSES, SAMPLERS, MIXES, RULES, BACKBONES, SPECS, LISTS, SETTINGS)
     before = [dict(registry) for registry in known]
     yield
     for registry, old in zip(known, before, strict=True):
@@ -145,12 +146,15 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     book, registries, hand_over, tmp_path, monkeypatch, capsys
 ):
     page = book.text(Path("book/add-a-method.md"))
-    cell, rule_and_backbone, own_measure = CELL.findall(page)
+    cell, own_mix, rule_and_backbone, own_measure = CELL.findall(page)
     assert len([line for line in cell.splitlines() if line.strip()]) < 30
     space = {}
     table = execute(cell, space)
     assert list(table.frame.index) == ["CE", "Mine", "cRT"]
     assert float(table.frame.loc["Mine", ("IF 10", "tiny")]) > 50
+    mixes = execute(own_mix, space).frame
+    assert list(mixes.index) == ["CE", "mixup", "Rare partners"]
+    assert float(mixes.loc["Rare partners", ("IF 10", "tiny")]) > 50
     measured = execute(rule_and_backbone, space).frame
     assert list(measured.index) == ["CE", "CE+TS", "Calm"]
     assert (measured["accuracy"].astype(float) > 50).all()

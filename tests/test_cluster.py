@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mislas import cluster
+from mislas.augment import MIXES
 from mislas.cli import main
 from mislas.cluster import ClusterJob, Resources, cluster_jobs, entries_of, independent, share
 from mislas.errors import DataError, MislasError
@@ -172,12 +173,13 @@ def test_a_job_knows_what_the_script_that_submits_it_has_registered(tmp_path):
     assert drawn.tolist() == [0, 0, 0]
 
 
-def test_a_job_brings_the_rule_and_the_backbone_that_it_calls(monkeypatch):
+def test_a_job_brings_the_rule_the_mix_and_the_backbone_that_it_calls(monkeypatch):
     monkeypatch.setitem(RULES, "mine", Rule(lambda known: known.classifier))
+    monkeypatch.setitem(MIXES, "blend", lambda images, pairs: (images, pairs.partner, 1.0))
     monkeypatch.setitem(BACKBONES, "own", lambda: None)
-    entries = entries_of([digits("ncm", backbone="own", rule="mine")])
+    entries = entries_of([digits("ncm+mixup", backbone="own", rule="mine", mix="blend")])
     names = {(registry, name) for registry, name, _ in pickle.loads(cloudpickle.dumps(entries))}
-    assert {("RULES", "mine"), ("BACKBONES", "own")} < names
+    assert {("RULES", "mine"), ("MIXES", "blend"), ("BACKBONES", "own")} < names
     assert not names & {("RULES", "ncm"), ("BACKBONES", "resnet8")}
 
 

@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from filelock import FileLock
 from torch import nn
 
 from mislas import Options, Store, configure, run
@@ -175,10 +177,30 @@ def process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """A function that has something worked out in a folder, once for all processes of pytest-xdist."""
+    own = tmp_path_factory.getbasetemp()
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def get(name, work):
+        done = common / f"{name}.done"
+        with FileLock(common / f"{name}.lock"):
+            if not done.exists():
+                folder = tmp_path_factory.mktemp(name)
+                work(folder)
+                done.write_text(str(folder))
+        return Path(done.read_text())
+
+    return get
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    multiprocessing.spawn(process, (folder,), nprocs=WORLD)
+def found(once):
+    def work(folder):
+        multiprocessing.spawn(process, (folder,), nprocs=WORLD)
+
+    folder = once("two", work)
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
@@ -226,11 +248,13 @@ def torchrun(store, *more, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("one"))
+def one_process(once):
     config = configure("generated", "mislas", overrides=SETTINGS)
-    run([config], store, None, Options(device="cpu", workers=0, progress=False))
-    return config, store
+
+    def work(folder):
+        run([config], Store(folder), None, Options(device="cpu", workers=0, progress=False))
+
+    return config, Store(once("one", work))
 
 
 def same(config, one, two):
@@ -248,12 +272,15 @@ def same(config, one, two):
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    store = Store(tmp_path_factory.mktemp("undisturbed"))
-    training = torchrun(store.root)
-    said, complained = training.communicate(timeout=240)
-    assert training.returncode == 0, complained
-    return said, store
+def two_processes(once):
+    def work(folder):
+        training = torchrun(folder)
+        said, complained = training.communicate(timeout=240)
+        assert training.returncode == 0, complained
+        (folder / "said").write_text(said)
+
+    folder = once("undisturbed", work)
+    return (folder / "said").read_text(), Store(folder)
 
 
 def test_a_run_started_by_torchrun_is_that_of_one_process(one_process, two_processes):

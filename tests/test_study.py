@@ -105,6 +105,17 @@ def test_the_commands_of_the_notes_are_commands(tmp_path):
         assert [configure(arguments.dataset, method) for method in arguments.method]
 
 
+def test_tiny_keeps_its_runs_if_it_is_told_where(tmp_path, monkeypatch):
+    def trained(root):
+        (record,) = Study("tiny", None, root, overrides={"epochs": 1}).runs("cifar10", "ce", 10)
+        return record
+
+    record, gone = trained(tmp_path), trained(None)
+    assert record.metrics == gone.metrics
+    monkeypatch.setattr("mislas.runs.train_stage1", lambda *args, **options: pytest.fail("trained again"))
+    assert trained(tmp_path).provenance == record.provenance
+
+
 def test_tiny_shows_no_paper_number(monkeypatch):
     study = Study("tiny", overrides={"epochs": 1, "stage2.epochs": 1})
     monkeypatch.setenv("TQDM_DISABLE", "1")

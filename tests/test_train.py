@@ -16,7 +16,7 @@ from torch import nn
 
 import mislas.train
 from mislas.adjust import adjust
-from mislas.augment import Images
+from mislas.augment import MIXES, Images, mixup
 from mislas.data import load
 from mislas.errors import Diverged, MislasError, RecordError
 from mislas.evaluate import predict
@@ -175,6 +175,47 @@ def test_labels_of_remix_go_to_the_partner_of_an_image_of_a_much_larger_class_al
         assert (counts[batch.targets] >= 3 * counts[batch.partner_targets])[to_partner].all()
         moved += to_partner.sum().item()
     assert moved > 0
+
+
+def with_its_neighbour(images, pairs):
+    """By a share that grows along the batch, which is drawn, and that labels keep the square of."""
+    partner = torch.arange(len(images)).roll(1)
+    share = torch.from_numpy(np.sort(pairs.rng.random(len(images)))).float()
+    return mixup(images, share[:, None, None, None], partner), partner, share**2
+
+
+def test_a_mix_of_ones_own_chooses_partners_and_weights(digits, options, monkeypatch):
+    seen = []
+    monkeypatch.setitem(MIXES, "mine", lambda *given: seen.append(given) or with_its_neighbour(*given))
+    config = digits_config("mixup", mix="mine")
+    mixed, plain = (
+        list(batches_of(digits, c.stage1, "stage1", 0, options).epoch(0)) for c in (config, digits_config("ce"))
+    )
+    for one, other, (images, pairs) in zip(mixed, plain, seen, strict=True):
+        assert torch.equal(images, other.images)
+        assert torch.equal(one.targets, other.targets)
+        assert torch.equal(one.partner_targets, other.targets.roll(1))
+        assert pairs.sizes.tolist() == [digits.class_counts[target] for target in other.targets]
+        share = one.weight.sqrt()[:, None, None, None]
+        torch.testing.assert_close(one.images, share * images + (1 - share) * images.roll(1, 0))
+    again = list(batches_of(digits, config.stage1, "stage1", 0, options).epoch(0))
+    assert all(torch.equal(one.images, other.images) for one, other in zip(mixed, again, strict=True))
+    assert train_stage1(config, digits, options).histories[0][-1]["train_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda images, pairs: (images[:2], pairs.partner, 0.5), r"it gave \(2, 3, 8, 8\), \(32,\), \(32,\)"),
+        (lambda images, pairs: (images, pairs.partner[:2], 0.5), r"it gave \(32, 3, 8, 8\), \(2,\), "),
+        (lambda images, pairs: (images, pairs.partner, torch.ones(32, 1)), r"it gave .*, \(32,\), \(32, 1\)"),
+    ],
+)
+def test_a_mix_that_gives_something_else_is_refused(digits, options, monkeypatch, given, said):
+    monkeypatch.setitem(MIXES, "mine", given)
+    batches = batches_of(digits, digits_config("mixup", mix="mine").stage1, "stage1", 0, options)
+    with pytest.raises(MislasError, match=f"mix 'mine' must give as many .*{said}"):
+        next(batches.epoch(0))
 
 
 # ----------------------------------------------------------------------------------------------------------- stage 1

@@ -29,11 +29,12 @@ from tqdm import tqdm
 from usual import usual_epoch, usual_loader
 
 from mislas import Dataset, MislasError, Options, RunConfig, configure, load
+from mislas.batches import plain_images
 from mislas.data import SPECS, write_atomically
 from mislas.evaluate import predict
 from mislas.models import init_kaiming, stage1_model
 from mislas.runs import device_name, provenance
-from mislas.train import learning_rate_factor, plain_images, train_stage1
+from mislas.train import learning_rate_factor, train_stage1
 
 CONFIDENCE = 0.95
 

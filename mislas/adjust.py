@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .batches import plain_images, seeded, torch_rng
 from .config import RunConfig
 from .data import LongTailed
 from .errors import MislasError
 from .evaluate import predict
 from .rules import RULES, Known, Seen
-from .train import Options, Trained, forward, plain_images, seeded, shift_statistics, torch_rng
+from .train import Options, Trained, forward, shift_statistics
 
 
 def adjust(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from . import __version__, cluster, distributed
 from .archive import merge, pack
+from .batches import plain_images
 from .campaign import campaign, images_per_second, jobs, parse_budget, wanted
 from .config import RunConfig, assignment, differences, field_names, locate, takes_text
 from .data import LISTS, SPECS, load
@@ -31,7 +32,7 @@ from .lists import check, load_lists
 from .methods import METHODS, SETTINGS, configure
 from .runs import Record, Store, device_name, run
 from .study import WHICH
-from .train import Options, plain_images
+from .train import Options
 
 EXAMPLES = """\
 examples:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import Batch, plain_images
 from .data import LongTailed
 from .errors import DataError
 from .evaluate import predict
@@ -26,7 +27,7 @@ from .losses import class_balanced_mean
 
 if TYPE_CHECKING:
     from .config import RunConfig
-    from .train import Batch, Options
+    from .train import Options
 
 THRESHOLD = 0.3  # an expert teaches in full until the student has this share of its accuracy
 
@@ -81,7 +82,7 @@ class Experts:
         config: RunConfig,
         options: Options,
     ):
-        from .train import forward, plain_images  # here: it imports this module
+        from .train import forward  # here: it imports this module
 
         device = options.torch_device()
         self.temperature, self.models = config.stage1.distillation, []

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from .batches import batches_of, host_rng, plain_images, torch_rng, training_part
 from .config import RunConfig
 from .data import LongTailed
 from .errors import MislasError
@@ -30,18 +31,7 @@ from .evaluate import predict
 from .losses import cross_entropy
 from .models import CosineClassifier
 from .samplers import one_image_each
-from .train import (
-    Options,
-    Trained,
-    _loop,
-    alone,
-    batches_of,
-    forward,
-    host_rng,
-    plain_images,
-    torch_rng,
-    training_part,
-)
+from .train import Options, Trained, _loop, alone, forward
 
 
 def base_and_novel(data: LongTailed) -> tuple[list[int], list[int]]:

@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import batches_of, plain_images, torch_rng, training_part
 from .config import RunConfig
 from .data import LongTailed
 from .evaluate import predict
 from .losses import cross_entropy
 from .models import CifarResNet, CosineClassifier, freeze_but_last_block, init_kaiming
 from .rules import nearest_class_mean
-from .train import Options, Trained, _loop, alone, batches_of, forward, plain_images, torch_rng, training_part
+from .train import Options, Trained, _loop, alone, forward
 
 CENTROID_LR = 0.1  # the centroids' learning rate, as a ratio of the classifier's
 

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from . import __version__, distributed
 from .adjust import adjust
 from .augment import Images
+from .batches import plain_images
 from .config import Adjustment, FewShot, Memory, RunConfig
 from .data import LongTailed, empty_groups, load, smallest_class, spec_of, write_atomically
 from .errors import Diverged, ForeignRecord, MislasError, RecordError, UnknownName
@@ -45,7 +46,7 @@ from .lists import ListDataset
 from .memory import train_memory
 from .models import GeneralisedClassifier, batch_norms, check_backbone, find_weights, native_bfloat16, stage1_model
 from .together import check_together, side_by_side, train_together
-from .train import Options, OutOfTime, Trained, plain_images, stage1_run, train_stage1, train_stage2
+from .train import Options, OutOfTime, Trained, stage1_run, train_stage1, train_stage2
 
 if TYPE_CHECKING:
     from .pipeline import ImageBatches

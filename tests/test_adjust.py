@@ -11,6 +11,7 @@ from torch import nn
 
 from mislas.adjust import adjust
 from mislas.augment import Images
+from mislas.batches import batches_of
 from mislas.data import SPECS
 from mislas.errors import MislasError
 from mislas.evaluate import predict
@@ -28,7 +29,7 @@ from mislas.rules import (
     temperature_scaled,
     vector_scaled,
 )
-from mislas.train import batches_of, train_stage1
+from mislas.train import train_stage1
 
 rng = np.random.default_rng(0)
 TARGETS = np.repeat(np.arange(3), (40, 12, 4))

@@ -18,13 +18,13 @@ from filelock import FileLock
 from torch import nn
 
 from mislas import Options, Store, configure, run
+from mislas.batches import batches_of, plain_images
 from mislas.config import Stage1
 from mislas.data import load
 from mislas.distributed import agree, average_gradients, gather, piece, processors, replicate, started, world
 from mislas.errors import Diverged, MislasError
 from mislas.evaluate import predict
 from mislas.models import TwoBranches, backbone, stage1_model
-from mislas.train import batches_of, plain_images
 
 KINDS = ["mislas", "bbn", "oltr+lfme", "fslwf", "ncm+mixup+shift", "range"]
 N, WORLD = 7, 2  # a batch that two processes cannot halve

@@ -11,13 +11,14 @@ from sklearn.metrics import recall_score
 
 from mislas import runs
 from mislas.augment import Images
+from mislas.batches import Batch
 from mislas.data import load
 from mislas.errors import DataError
 from mislas.evaluate import predict
 from mislas.experts import Experts, distillation, of_group, selection
 from mislas.methods import configure
 from mislas.runs import Store, plan, run
-from mislas.train import Batch, Options, train_stage1
+from mislas.train import Options, train_stage1
 
 QUICK = {"epochs": 4, "stage2.epochs": 2}
 OPTIONS = Options(device="cpu", progress=False)

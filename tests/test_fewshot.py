@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mislas.augment import Images
+from mislas.batches import batches_of
 from mislas.data import SPECS, load
 from mislas.errors import MislasError
 from mislas.evaluate import predict
@@ -17,7 +18,7 @@ from mislas.fewshot import WeightGenerator, base_and_novel, draw_episodes, train
 from mislas.methods import configure
 from mislas.models import CosineClassifier
 from mislas.runs import Store, run
-from mislas.train import Options, batches_of, train_stage1
+from mislas.train import Options, train_stage1
 
 BASE, NOVEL = [0, 2, 3], [1, 4]
 QUICK = {"epochs": 4, "stage2.epochs": 3}

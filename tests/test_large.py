@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mislas import paper
+from mislas.batches import ListBatches, batches_of, host_rng
 from mislas.campaign import wanted
 from mislas.cli import main
 from mislas.data import LISTS, available, dataset_name, load, training_images
@@ -20,7 +21,7 @@ from mislas.models import backbone, find_weights, init_kaiming
 from mislas.pipeline import ImageBatches
 from mislas.runs import Store, run
 from mislas.samplers import draw
-from mislas.train import ListBatches, Options, OutOfTime, batches_of, host_rng, train_stage1
+from mislas.train import Options, OutOfTime, train_stage1
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding.*:DeprecationWarning")
 
@@ -170,7 +171,7 @@ def test_other_ways_to_mix_reach_images_from_files(data, method):
 @pytest.mark.parametrize(("method", "sampler"), [("ldam+drs", "class_balanced"), ("ldam+drw", "instance_balanced")])
 def test_a_deferred_sampler_comes_in_the_last_fifth_of_the_epochs(data, method, sampler, monkeypatch):
     seen = []
-    monkeypatch.setattr("mislas.train.draw", lambda name, *rest: seen.append(name) or draw(name, *rest))
+    monkeypatch.setattr("mislas.batches.draw", lambda name, *rest: seen.append(name) or draw(name, *rest))
     stage = quick(method, **{"stage1.epochs": 5}).stage1
     batches = batches_of(data, stage, "stage1", 0, OPTIONS)
     for epoch in (3, 4):

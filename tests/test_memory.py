@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from mislas.augment import Images
+from mislas.batches import batches_of
 from mislas.data import load
 from mislas.evaluate import predict
 from mislas.memory import MetaEmbedding, ModulatedAttention, attend, squared_distances, train_memory
 from mislas.methods import configure
 from mislas.models import backbone
 from mislas.runs import Store, run
-from mislas.train import Options, batches_of, train_stage1
+from mislas.train import Options, train_stage1
 
 QUICK = {"epochs": 3, "stage2.epochs": 3}
 TARGETS = torch.tensor([0, 3, 1, 1, 2, 3])

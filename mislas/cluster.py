@@ -27,34 +27,17 @@ import torch
 from tqdm import tqdm
 
 from . import distributed
-from .augment import MIXES
-from .config import SCHEDULES, RunConfig
-from .data import LISTS, SPECS, available
+from .config import RunConfig
+from .data import available
 from .errors import DataError, MislasError
-from .losses import LOSSES
-from .metric import METRICS
-from .models import BACKBONES
-from .rules import RULES
+from .registries import REGISTRIES, entries_of
 from .runs import Store, run
-from .samplers import SAMPLERS
 from .together import check_together
 from .train import Options
 
 if TYPE_CHECKING:
     import submitit
 
-#: Where a script registers what a configuration calls by name. Methods and settings are in the configuration itself.
-REGISTRIES = {
-    "SPECS": SPECS,
-    "LISTS": LISTS,
-    "LOSSES": LOSSES,
-    "SAMPLERS": SAMPLERS,
-    "MIXES": MIXES,
-    "METRICS": METRICS,
-    "RULES": RULES,
-    "BACKBONES": BACKBONES,
-    "SCHEDULES": SCHEDULES,
-}
 TIMEOUTS = 20  # how often a job that reaches its time limit is queued again; preemptions do not count
 
 
@@ -116,7 +99,8 @@ class ClusterJob:
         tasks: processes that are started with this job and train together.
         threads: processors that each of them computes on; None is PyTorch's choice.
         gpus: names of the GPUs that it sees, such as ``"2,3"``; None is what submitit gives it.
-        entries: what the runs call by name, see :func:`entries_of`: the job's process has not run the user's script.
+        entries: what a script registered for the runs (:func:`mislas.registries.entries_of`): the job's process has not
+            run it.
     """
 
     configs: tuple[RunConfig, ...]
@@ -197,24 +181,6 @@ def cluster_jobs(
         ClusterJob(tuple(group), store.root.resolve(), root, options, tasks, entries=entries_of(group))
         for group in independent(missing.values())
     ]
-
-
-def entries_of(configs: Iterable[RunConfig]) -> tuple[tuple[str, str, Any], ...]:
-    """What runs call by name, be it the library's or a script's.
-
-    Returns:
-        Of each entry: its registry's name in :data:`REGISTRIES`, its own name there, and the entry.
-    """
-    named = set()
-    for config in configs:
-        parts = config.canonical()
-        named |= {config.dataset, config.backbone, *parts["stage1"].values(), *parts.get("stage2", {}).values()}
-    return tuple(
-        (registry, name, entry)
-        for registry, known in REGISTRIES.items()
-        for name, entry in known.items()
-        if name in named
-    )
 
 
 def executor(folder: str | Path, resources: Resources, local: bool = False) -> submitit.AutoExecutor:

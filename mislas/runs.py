@@ -45,6 +45,7 @@ from .fewshot import train_few_shot
 from .lists import ListDataset
 from .memory import train_memory
 from .models import GeneralisedClassifier, batch_norms, check_backbone, find_weights, native_bfloat16, stage1_model
+from .registries import entries_of
 from .together import check_together, side_by_side, train_together
 from .train import Options, OutOfTime, Trained, stage1_run, train_stage1, train_stage2
 
@@ -299,6 +300,7 @@ def _check_types(content: dict[str, Any]) -> None:
         *((f"provenance.{key}", source[key], str) for key in SOURCE),
         ("provenance.seconds", source.get("seconds", 0), number),
         *(("a number of provenance.class_counts", count, int) for count in source.get("class_counts", ())),
+        *(("a name of provenance.registered", name, str) for name in source.get("registered", ())),
         ("history", history, list),
         *((f"history's {key}", value, number | None) for row in history for key, value in row.items()),
     ):
@@ -559,8 +561,9 @@ def finish(
             **statistics,
         }
         done.append((config, metrics, history, arrays))
-    for run_done in done:
-        store.put(*run_done, source)
+    for config, *measured in done:
+        own = [f"{registry}.{name}" for registry, name, _ in entries_of([config])]
+        store.put(config, *measured, source | ({"registered": own} if own else {}))
     checkpoint = store.checkpoint(group)
     checkpoint.unlink(missing_ok=True)
     for name in (checkpoint.stem, *(store.path(config, "").name for config in group)):

@@ -438,7 +438,7 @@ class Study:
         records = list({record.config.id: record for record in records}.values())
         if self.kind == "tiny":
             names = ", ".join(sorted({TINY[record.config.dataset] for record in records}))
-            return f"Tiny smoke runs{' on ' * bool(names)}{names}, trained just now: not a reproduction of the paper."
+            return f"Tiny smoke runs{' on ' * bool(names)}{names}: not a reproduction of the paper."
         return provenance_line(records)
 
     def __repr__(self) -> str:
@@ -456,11 +456,13 @@ def provenance_line(records: Sequence[Record]) -> str:
 
     dates = sorted(source["date"][:10] for source in sources)
     seeds = sorted({record.config.seed for record in records})
+    own = sorted({entry for source in sources for entry in source.get("registered", ())})
     return (
         f"{len(records)} run{'s' * (len(records) > 1)}; "
         f"data {values(s['data'] + ' (' + s['data_checksum'] + ')' for s in sources)}; "
         f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
         f"commit {values(s['commit'][:10] for s in sources)}; "
         f"{values(s['device'] for s in sources)}; torch {values(s['torch'] for s in sources)}; "
-        f"{dates[0] if dates[0] == dates[-1] else dates[0] + ' to ' + dates[-1]}; last epoch."
+        f"{dates[0] if dates[0] == dates[-1] else dates[0] + ' to ' + dates[-1]}; last epoch"
+        f"{'; registered by a script: ' + ', '.join(own) if own else ''}."
     )

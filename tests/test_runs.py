@@ -568,6 +568,7 @@ def test_a_damaged_checkpoint_stops_the_run_and_is_left_alone(tmp_path):
         (("provenance", "date"), 20260101, "provenance.date is 20260101"),
         (("provenance", "seconds"), "long", "provenance.seconds is 'long'"),
         (("provenance", "class_counts"), [5, "4"], "class_counts is '4'"),
+        (("provenance", "registered"), [5], "a name of provenance.registered is 5"),
         (("history",), {}, "history is {}"),
         (("history",), ["epoch"], "AttributeError"),
         (("history", -1, "train_loss"), "0.5", "history's train_loss is '0.5'"),

@@ -17,6 +17,7 @@ from mislas.campaign import wanted
 from mislas.cli import _parser, parse_overrides
 from mislas.config import Adjustment
 from mislas.errors import DataError, MislasError
+from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import METHODS, configure
 from mislas.plots import missing_commands, reliability_figure
 from mislas.runs import Store, run
@@ -124,6 +125,19 @@ def test_tiny_shows_no_paper_number(monkeypatch):
     assert {name for _, name in table.frame.columns} == {"tiny", "ECE"}
     assert "99.9" not in str(table)
     assert "smoke" in table.caption
+
+
+def test_a_record_names_what_a_script_put_in_place_of_the_librarys(tmp_path, monkeypatch):
+    """Its identity does not: the loss has the same name."""
+
+    def line(root):
+        run([configure("digits", "ce", 10, overrides=QUICK)], Store(root), options=Options(progress=False))
+        study = Study("stored", results_root=root, overrides=QUICK)
+        return study.provenance(study.runs("digits", "ce", 10))
+
+    assert line(tmp_path / "library").endswith("; last epoch.")
+    monkeypatch.setitem(LOSSES, "ce", LossSpec(lambda class_counts: lambda z, y: 2 * cross_entropy(z, y)))
+    assert line(tmp_path / "own").endswith("; last epoch; registered by a script: LOSSES.ce.")
 
 
 def test_distance_is_measured_minus_paper(store, tmp_path):

@@ -1,0 +1,49 @@
+"""What a configuration calls by name: where a script registers its own, and which entries are not the library's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from .augment import MIXES
+from .config import SCHEDULES, RunConfig
+from .data import LISTS, SPECS
+from .losses import LOSSES
+from .metric import METRICS
+from .models import BACKBONES
+from .rules import RULES
+from .samplers import SAMPLERS
+
+#: By name. Methods and settings are no part of it: what they say is in a configuration itself.
+REGISTRIES: dict[str, dict[str, Any]] = {
+    "SPECS": SPECS,
+    "LISTS": LISTS,
+    "LOSSES": LOSSES,
+    "SAMPLERS": SAMPLERS,
+    "MIXES": MIXES,
+    "METRICS": METRICS,
+    "RULES": RULES,
+    "BACKBONES": BACKBONES,
+    "SCHEDULES": SCHEDULES,
+}
+_LIBRARY = {registry: dict(known) for registry, known in REGISTRIES.items()}  # before any script could register
+
+
+def entries_of(configs: Iterable[RunConfig]) -> tuple[tuple[str, str, Any], ...]:
+    """What runs call by name that a script registered, beside the library's entries or in place of one.
+
+    An identity has the name only. So a record says which they are, and a job brings them along.
+
+    Returns:
+        Of each entry: its registry's name in :data:`REGISTRIES`, its own name there, and the entry.
+    """
+    named = set()
+    for config in configs:
+        parts = config.canonical()
+        named |= {config.dataset, config.backbone, *parts["stage1"].values(), *parts.get("stage2", {}).values()}
+    return tuple(
+        (registry, name, entry)
+        for registry, known in REGISTRIES.items()
+        for name, entry in known.items()
+        if name in named and _LIBRARY[registry].get(name) is not entry
+    )

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -318,6 +317,8 @@ def matrix_figure(study: Study, dataset: str, imbalance: float = 100, title: str
 
 def _matrix(ax: Axes, values: dict[tuple[int, int], float], sign: int) -> None:
     """One matrix: a shaded square with its number per cell, a dash where nothing is measured, a star at the best."""
+    import seaborn as sns  # here: it takes seconds to import
+
     cells = pd.Series(values).unstack(0).reindex(index=range(6), columns=range(6))
     low, high = sorted((sign * min(values.values()), sign * max(values.values())))
     spread = high - low or 1.0  # one value alone is light

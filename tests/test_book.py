@@ -117,6 +117,14 @@ def execute(cell, space):
     return eval(compile(last, "cell", "eval"), space) if last else None
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "book").glob("*.md")), ids=lambda page: page.stem)
+def test_code_is_no_wider_than_its_column(page):
+    """As ruff holds it for notebooks: 86 characters."""
+    text = page.read_text()
+    code = "".join(CELL.findall(text) + scripts(text))
+    assert [line for line in code.splitlines() if len(line) > 86] == []
+
+
 OWN_TEST = ("add-a-method.md", "bring-your-images.md")
 WITH_CELLS = [page for page in sorted((ROOT / "book").glob("*.md")) if CELL.search(page.read_text())]
 

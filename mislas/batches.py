@@ -120,7 +120,7 @@ def mixed(
 class Batches:
     """A training set on the device, and the epochs of one stage over it: the same for a seed on every device."""
 
-    def __init__(self, data: Dataset, stage: Stage1 | Stage2, stage_name: str, seed: int, device: torch.device):
+    def __init__(self, data: Dataset, stage: Stage1 | Stage2, stage_name: str, seed: int | str, device: torch.device):
         self.images = Images(data.train_images, data.spec.mean, data.spec.std, padding=data.spec.padding, device=device)
         self.targets, self.targets_host = data.train_targets.to(device), data.train_targets.numpy()
         self.counts = torch.tensor(data.class_counts, dtype=torch.float32, device=device)
@@ -146,7 +146,7 @@ class ListBatches:
     """What :class:`Batches` is, for a dataset whose images are files."""
 
     def __init__(
-        self, data: ListDataset, stage: Stage1 | Stage2, stage_name: str, seed: int, device: torch.device,
+        self, data: ListDataset, stage: Stage1 | Stage2, stage_name: str, seed: int | str, device: torch.device,
         workers: int | None = None,
     ):  # fmt: skip
         from .pipeline import ImageBatches  # here: torchvision takes seconds to import
@@ -177,7 +177,7 @@ class ListBatches:
 
 
 def batches_of(
-    data: LongTailed, stage: Stage1 | Stage2, stage_name: str, seed: int, options: Options
+    data: LongTailed, stage: Stage1 | Stage2, stage_name: str, seed: int | str, options: Options
 ) -> Batches | ListBatches:
     """The epochs of a stage over a dataset, on the device that the options say.
 

@@ -20,7 +20,19 @@ from .errors import MislasError
 from .methods import METHODS, configure, settings_of
 from .models import RESNETS
 from .runs import Store, plan, run
-from .study import BRIEF, FORMS, GRID, LEARNED, SHORT, UNSEEN, Rows, authors_variants, balanced
+from .study import (
+    BRIEF,
+    FORMS,
+    GRID,
+    LEARNED,
+    REDRAWN,
+    REDRAWN_METHODS,
+    SHORT,
+    UNSEEN,
+    Rows,
+    authors_variants,
+    balanced,
+)
 from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
@@ -93,6 +105,7 @@ def wanted(
         others = [m for m in OTHERS if own in RESNETS or "second_sampler" not in METHODS[m].stage1]
         configs += [one(method, imbalance, seed) for method in others for imbalance in imbalances]
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
+        configs += [one(method, first, seed, changes) for method in REDRAWN_METHODS for changes in REDRAWN.values()]
         held_out = [asked for rows in UNSEEN.values() for asked in rows.values()]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) == 1:
             held_out = []

@@ -125,6 +125,7 @@ class Stage2(Sgd):
         shift_bn: whether the running mean and variance of batch norm are updated (section 3.3).
         shift_epochs, shift_sampler: as in :class:`Adjustment`: what moves them before the classifier is learned.
         mixup: as in :class:`Stage1`.
+        draw: another draw of batches and initial weights than the seed's, 1 or more, on the same Stage-1.
     """
 
     schedule: str = "cosine"
@@ -145,6 +146,7 @@ class Stage2(Sgd):
     shift_epochs: int | None = None
     shift_sampler: str | None = None
     mixup: float | None = None
+    draw: int | None = None
 
 
 @dataclass(frozen=True)
@@ -319,6 +321,12 @@ class RunConfig:
         return replace(self, stage2=None, method=method) if self.stage2 else self
 
     @property
+    def stage2_seed(self) -> int | str:
+        """What Stage-2 draws by: the seed, or another draw beside it."""
+        draw = getattr(self.stage2, "draw", None)
+        return self.seed if draw is None else f"{self.seed}, draw {draw}"
+
+    @property
     def experts(self) -> list[RunConfig]:
         """The runs that teach this one's Stage-1, each a Stage-1 of its own; none without distillation."""
         if self.stage1.distillation is None:
@@ -343,7 +351,7 @@ class RunConfig:
             return f"{self.stage1_only.id}:adjust,{self.stage2.shift_epochs},{self.stage2.shift_sampler}"
         if not isinstance(self.stage2, Stage2):
             return self.id
-        keys = ("epochs", "batch_size", "sampler", "shift_bn", "shift_epochs", "shift_sampler", "mixup")
+        keys = ("epochs", "batch_size", "sampler", "shift_bn", "shift_epochs", "shift_sampler", "mixup", "draw")
         return f"{self.stage1_only.id}:" + ",".join(str(getattr(self.stage2, key)) for key in keys)
 
     def to_json(self) -> dict[str, Any]:
@@ -605,6 +613,8 @@ def _check_stage2(stage: Stage2) -> None:
         unknown("stage2.delta", stage.delta, DELTAS)
     if stage.delta is None and not (stage.a and stage.learn_scale):
         raise MislasError("stage2 learns nothing, or from nothing: set delta, or a=1 and learn_scale=true")
+    if stage.draw is not None and stage.draw < 1:
+        raise MislasError(f"stage2.draw counts from 1, or is null for the seed's own draw, got {stage.draw!r}")
     if (stage.delta is None) != (stage.delta_lr is None):
         raise MislasError(f"stage2.delta_lr goes with delta and only with it, got {stage.delta_lr!r}")
     if stage.loss == "las":

@@ -329,12 +329,12 @@ def train_stage2(
     heads, groups, objectives = [], [], []
     for config in configs:
         s = config.stage2
-        generator = torch_rng(config.seed, "stage2 head")
+        generator = torch_rng(config.stage2_seed, "stage2 head")
         head = GeneralisedClassifier(classifier, a=s.a, learn_scale=s.learn_scale, delta=s.delta, generator=generator)
         heads.append(head.to(device))
         groups.append(head.parameter_groups(s.lr, s.delta_lr or 1.0))
         objectives.append(Objective(s, data.class_counts, device))
-    batches = batches_of(data, first.stage2, "stage2", first.seed, options)
+    batches = batches_of(data, first.stage2, "stage2", first.stage2_seed, options)
     features_of = forward(network, first, options)
     if first.stage2.shift_bn:
         check_batch_norm(network)
@@ -385,7 +385,7 @@ def shift_statistics(
     epochs = config.stage2.shift_epochs
     check_batch_norm(network)
     plain = config.override({"stage1.mixup": None}).stage1
-    batches = batches_of(data, plain, "shift", config.seed, options)
+    batches = batches_of(data, plain, "shift", config.stage2_seed, options)
     train_batch_norm(network)
     with torch.no_grad(), progress_bar(configs, "shift", epochs * len(data.train_targets), options) as bar:
         for epoch in range(epochs):

@@ -57,6 +57,7 @@ OTHER = {
     "stage2.schedule": "multistep",
     "stage2.sampler": "class_cyclic",
     "stage2.mixup": 0.2,
+    "stage2.draw": 1,
     "stage2.eps_1": 0.5,
     "stage2.eps_k": 0.1,
 }
@@ -298,6 +299,7 @@ def test_an_unknown_name_lists_the_known_ones(changes, message):
         ({"delta_lr": float("inf")}, "stage2.delta_lr must be > 0 and finite"),
         ({"mixup": 0.0}, "stage1.mixup is alpha > 0, or null"),
         ({"a": 2}, "stage2.a is 0 or 1"),
+        ({"draw": 0}, "stage2.draw counts from 1, or is null for the seed's own draw, got 0"),
         ({"delta_lr": 0.0}, "stage2.delta_lr must be > 0"),
         ({"eps_1": 0.1, "eps_k": 0.2}, "0 <= eps_k <= eps_1 <= 0.5"),
         ({"eps_1": 1.5}, "0 <= eps_k <= eps_1 <= 0.5"),

@@ -463,6 +463,21 @@ def test_statistics_that_are_shifted_first_stay_while_the_classifier_learns(digi
     assert_equal(stage1[0].state_dict(), moved[0].state_dict())
 
 
+def test_another_draw_of_stage2_has_other_batches_and_weights_on_the_same_stage1(digits, options, trained):
+    def learned(method, **changes):
+        config = digits_config(method, **{"stage2.epochs": 1} | changes)
+        assert config.stage1_only == digits_config(method).stage1_only
+        return train_stage2([config], copy.deepcopy(trained), digits, options).heads[0].effective()[0]
+
+    for method in ("crt", "lws", "mislas"):
+        own, one, two, again = (learned(method, **more) for more in ({}, {"draw": 1}, {"draw": 2}, {"draw": 1}))
+        assert torch.equal(one, again)
+        assert not torch.equal(own, one)
+        assert not torch.equal(one, two)
+    with pytest.raises(MislasError, match="must share Stage-1"):
+        train_stage2([digits_config("lws"), digits_config("crt", draw=1)], trained, digits, options)
+
+
 def test_a_resumed_stage2_does_not_shift_again(digits, options, stage1, tmp_path, killed, monkeypatch):
     """The checkpoint has the statistics."""
     config = digits_config("crt", shift_epochs=1, **{"stage2.epochs": 2})

@@ -168,16 +168,15 @@ def _remix(images: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
 MIXES: dict[str, Mix] = {"remix": _remix, "cutmix": _cutmix}
 
 
-def mix(name: str, images: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Mix a batch by a way of :data:`MIXES`: images, partners and weights, one for each image; see :data:`Mix`.
+def mix(name: str, images: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, float | Tensor]:
+    """Mix a batch by a way of :data:`MIXES`: images, partners and weights; see :data:`Mix`.
 
     Raises:
         MislasError: what it gives has other shapes.
     """
     mixed, partner, weight = MIXES[name](images, pairs)
-    if not isinstance(weight, Tensor):
-        weight = torch.full(partner.shape, float(weight), device=images.device)
-    given = [tuple(part.shape) for part in (mixed, partner, weight)]
+    weight = weight if isinstance(weight, Tensor) else float(weight)
+    given = [tuple(shape) for shape in (mixed.shape, partner.shape, getattr(weight, "shape", partner.shape))]
     if given != [tuple(images.shape), (len(images),), (len(images),)]:
         raise MislasError(
             f"mix {name!r} must give as many images, partners and weights as it is given, {tuple(images.shape)}, "

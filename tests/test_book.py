@@ -17,14 +17,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 import mislas
-from mislas.augment import MIXES
-from mislas.data import LISTS, SPECS
 from mislas.errors import DataError
-from mislas.losses import LOSSES
 from mislas.methods import METHODS, SETTINGS
-from mislas.models import BACKBONES
-from mislas.rules import RULES
-from mislas.samplers import SAMPLERS
+from mislas.registries import REGISTRIES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -142,7 +137,7 @@ def test_the_cells_of_a_page_run_and_are_shown(page, monkeypatch):
 @pytest.fixture
 def registries():
     """What a page registers is gone after the test."""
-    known = (METHODS, LOSSES, SAMPLERS, MIXES, RULES, BACKBONES, SPECS, LISTS, SETTINGS)
+    known = (METHODS, SETTINGS, *REGISTRIES.values())
     before = [dict(registry) for registry in known]
     yield
     for registry, old in zip(known, before, strict=True):

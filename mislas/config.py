@@ -17,7 +17,7 @@ from .data import LISTS, dataset_name, spec_of, training_images
 from .errors import MislasError, unknown
 from .losses import LOSSES, SMOOTHING, LossSpec, check_smoothing
 from .metric import METRICS
-from .models import BACKBONES, DELTAS, RESNETS, STAGES
+from .models import BACKBONES, CLASSIFIERS, DELTAS, RESNETS, STAGES
 from .rules import RULES, Rule
 from .samplers import SAMPLERS
 
@@ -114,10 +114,11 @@ class Stage1(Sgd):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage2(Sgd):
-    """Classifier learning on a frozen backbone, with the generalised classifier of equation (4).
+    """Classifier learning on a frozen backbone: the generalised classifier of equation (4), or one of your own.
 
     Attributes:
         a, learn_scale, delta: see :class:`mislas.models.GeneralisedClassifier`.
+        classifier: name in :data:`mislas.models.CLASSIFIERS` of another one; a, learn_scale and delta are then None.
         delta_lr: learning rate of dW as a ratio of ``lr`` (Table 5, column dW).
         loss: name in :data:`mislas.losses.LOSSES`: ``"las"`` is label-aware smoothing, equation (1).
         eps_1, eps_k, form, power, smoothing_over: of label-aware smoothing; see :mod:`mislas.losses`.
@@ -130,8 +131,8 @@ class Stage2(Sgd):
 
     schedule: str = "cosine"
     sampler: str = "class_balanced"
-    a: int
-    learn_scale: bool
+    a: int | None = None
+    learn_scale: bool | None = None
     delta: str | None = None
     delta_lr: float | None = None
     loss: str = "ce"
@@ -147,6 +148,7 @@ class Stage2(Sgd):
     shift_sampler: str | None = None
     mixup: float | None = None
     draw: int | None = None
+    classifier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -482,6 +484,8 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
         idle = _LOSS_SETTINGS - {*spec.settings, *spec.optional} if spec else set()
         if "power" not in new and after.get("form") != "power":
             idle.add("power")
+        if isinstance(stage, Stage2) and after["classifier"] is not None:
+            after |= {"a": None, "learn_scale": None, "delta": None}
         if isinstance(stage, Stage2) and after["delta"] is None:
             idle.add("delta_lr")
         after |= dict.fromkeys(idle & after.keys())
@@ -607,12 +611,21 @@ def _check_stage1(stage: Stage1) -> None:
 
 
 def _check_stage2(stage: Stage2) -> None:
-    if stage.a not in (0, 1):
-        raise MislasError(f"stage2.a is 0 or 1, got {stage.a!r}")
-    if stage.delta is not None and stage.delta not in DELTAS:
-        unknown("stage2.delta", stage.delta, DELTAS)
-    if stage.delta is None and not (stage.a and stage.learn_scale):
-        raise MislasError("stage2 learns nothing, or from nothing: set delta, or a=1 and learn_scale=true")
+    equation_4 = (stage.a, stage.learn_scale, stage.delta)
+    if stage.classifier is not None:
+        if stage.classifier not in CLASSIFIERS:
+            unknown("stage2.classifier", stage.classifier, CLASSIFIERS)
+        if equation_4 != (None, None, None):
+            raise MislasError("stage2.a, learn_scale and delta are equation (4)'s: leave them out beside classifier")
+    else:
+        if stage.a not in (0, 1):
+            raise MislasError(f"stage2.a is 0 or 1, got {stage.a!r}")
+        if stage.learn_scale is None:
+            raise MislasError("stage2.learn_scale is true or false; it is null only beside stage2.classifier")
+        if stage.delta is not None and stage.delta not in DELTAS:
+            unknown("stage2.delta", stage.delta, DELTAS)
+        if stage.delta is None and not (stage.a and stage.learn_scale):
+            raise MislasError("stage2 learns nothing, or from nothing: set delta, or a=1 and learn_scale=true")
     if stage.draw is not None and stage.draw < 1:
         raise MislasError(f"stage2.draw counts from 1, or is null for the seed's own draw, got {stage.draw!r}")
     if (stage.delta is None) != (stage.delta_lr is None):

@@ -448,6 +448,9 @@ def configure(
 def _stage(kind: type, method: str, values: dict[str, Any]) -> Any:
     where, known = "stage1" if kind is Stage1 else "stage2", {f.name for f in fields(kind)}
     typed = {key: check_type(f"method {method!r}: {key}", values[key], where, key) for key in known & values.keys()}
+    missing = [key for key in ("a", "learn_scale") if key not in values]
+    if kind is Stage2 and missing and "classifier" not in values:
+        raise MislasError(f"method {method!r}: stage2 is missing {' and '.join(missing)}, or classifier in their place")
     try:
         return kind(**values | typed)
     except TypeError as error:  # a slip in a recipe: a field too many, or one that is missing

@@ -6,7 +6,7 @@ import copy
 import functools
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -378,6 +378,21 @@ class GeneralisedClassifier(nn.Module):
         if self.delta is not None:
             groups.append({"params": list(self.delta.parameters()), "lr": lr * delta_lr})
         return groups
+
+
+#: Stage-2 classifiers beside that of equation (4): ``make(stage1, class_counts)`` gives a module, which maps features
+#: ``(B, M)`` to logits ``(B, K)``; what of it asks for gradients is trained. ``stage1`` is a copy of Stage-1's linear
+#: classifier, frozen. The library has none; one of your own is an entry.
+CLASSIFIERS: dict[str, Callable[[nn.Linear, Sequence[int]], nn.Module]] = {}
+
+
+def class_weights(classifier: nn.Module, num_classes: int) -> Tensor | None:
+    """The weights of each class, ``(K, M)``, scales included; None where a classifier of your own has no ``weight``
+    of that kind."""
+    if isinstance(classifier, GeneralisedClassifier):
+        return classifier.effective()[0]
+    weight = getattr(classifier, "weight", None)
+    return weight if isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) == num_classes else None
 
 
 class CosineClassifier(nn.Module):

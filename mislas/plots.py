@@ -401,7 +401,8 @@ def weight_norm_figure(
     """Norms of the classifier's weights, classes sorted by training images; light as they are, dark smoothed.
 
     Grey in the background: the training images of each class, on a logarithmic scale. First seed of each run. The
-    moving average spans a twentieth of the classes, at least three.
+    moving average spans a twentieth of the classes, at least three. A classifier of your own may have no weights that
+    belong to a class; the legend says so.
 
     Args:
         panels: panel titles, and for each its two curves: legend and method.
@@ -420,6 +421,9 @@ def weight_norm_figure(
                     ax.plot([], [], line, color=dark, label=f"{label}: not measured yet")
                     continue
                 arrays = records[0].arrays()
+                if "weight_norm" not in arrays:
+                    ax.plot([], [], line, color=dark, label=f"{label}: no weights of a class")
+                    continue
                 order = np.argsort(-arrays["class_counts"], kind="stable")
                 norms, rank = arrays["weight_norm"][order], np.arange(1, len(order) + 1)
                 width = 2 * max(1, len(order) // 40) + 1

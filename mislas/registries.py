@@ -10,7 +10,7 @@ from .config import SCHEDULES, RunConfig
 from .data import LISTS, SPECS
 from .losses import LOSSES
 from .metric import METRICS
-from .models import BACKBONES
+from .models import BACKBONES, CLASSIFIERS
 from .rules import RULES
 from .samplers import SAMPLERS
 
@@ -24,6 +24,7 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "METRICS": METRICS,
     "RULES": RULES,
     "BACKBONES": BACKBONES,
+    "CLASSIFIERS": CLASSIFIERS,
     "SCHEDULES": SCHEDULES,
 }
 _LIBRARY = {registry: dict(known) for registry, known in REGISTRIES.items()}  # before any script could register

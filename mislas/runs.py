@@ -44,7 +44,7 @@ from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
 from .lists import ListDataset
 from .memory import train_memory
-from .models import GeneralisedClassifier, batch_norms, check_backbone, find_weights, native_bfloat16, stage1_model
+from .models import batch_norms, check_backbone, class_weights, find_weights, native_bfloat16, stage1_model
 from .registries import entries_of
 from .together import check_together, side_by_side, train_together
 from .train import Options, OutOfTime, Trained, stage1_run, train_stage1, train_stage2
@@ -549,14 +549,14 @@ def finish(
     for config, head, logits, history in zip(group, trained.heads, outputs, trained.histories, strict=True):
         metrics, predictions = summarise(logits, data.test_targets, data.groups)
         history[-1]["test_accuracy"] = round(metrics["accuracy"], 4)
-        weight = head.effective()[0] if isinstance(head, GeneralisedClassifier) else head.weight
+        weight = class_weights(head, data.num_classes)
         small = np.uint8 if data.num_classes <= 256 else np.uint16
         arrays = {
             "target": predictions.target.astype(small),
             "predicted": predictions.predicted.astype(small),
             "confidence": np.rint(predictions.confidence * STEPS).astype(np.uint16),
             "true_probability": np.rint(predictions.true_probability * STEPS).astype(np.uint16),
-            "weight_norm": weight.detach().norm(dim=1).cpu().numpy(),
+            **({} if weight is None else {"weight_norm": weight.detach().norm(dim=1).cpu().numpy()}),
             "class_counts": np.array(data.class_counts, np.int32),
             **statistics,
         }

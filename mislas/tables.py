@@ -928,21 +928,24 @@ def weight_norms(
 ) -> Table:
     """Norms of the classifier's weights, mean over the classes of each group, first seed: what Figure 2 draws.
 
-    LWS's norms include its scales. The last column is few over many: how far rare classes are from being favoured.
+    LWS's norms include its scales. The last column is few over many: how far rare classes are from being favoured. A
+    classifier of your own may have no weights that belong to a class, and so no norms.
     """
-    rows, shown, missing = {}, [], []
+    rows, shown, missing, without = {}, [], [], []
     measured = study.each(dataset, [(method, None, changes) for method in methods])
     for name, method, all_seeds in zip(row_titles(methods), methods, measured, strict=True):
         records = all_seeds[:1]
         shown += records
         missing += [] if records else [method]
         means = dict.fromkeys(GROUPS)
-        if records:
-            arrays = records[0].arrays()
+        arrays = records[0].arrays() if records else {}
+        if "weight_norm" in arrays:
             means = {
                 group: float(arrays["weight_norm"][classes].mean()) if classes else None
                 for group, classes in groups(arrays["class_counts"].tolist()).items()
             }
+        elif records:
+            without.append(name)
         ratio = means["few"] / means["many"] if means["few"] and means["many"] else None
         rows[name] = [DASH if m is None else f"{m:.2f}" for m in (*means.values(), ratio)]
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*GROUPS, "few / many"])
@@ -950,6 +953,7 @@ def weight_norms(
         f"Mean L2 norm of the classifier's weights by group of classes, {title or study.title(dataset)}, first seed."
     )
     notes = [f"Not measured yet: `{how_to(study, dataset, missing, None, changes)}`"] if missing else []
+    notes += [f"No weights that belong to a class: {', '.join(without)}."] if without else []
     return table_of(study, frame, caption, notes, shown)
 
 

@@ -7,6 +7,7 @@ exactly as it would be alone.
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import time
@@ -29,6 +30,7 @@ from .losses import effective_number_weights, mean
 from .methods import loss_for
 from .metric import METRICS
 from .models import (
+    CLASSIFIERS,
     RESNETS,
     GeneralisedClassifier,
     batch_norms,
@@ -328,12 +330,11 @@ def train_stage2(
     network.to(device, memory_format=torch.channels_last).requires_grad_(False)
     heads, groups, objectives = [], [], []
     for config in configs:
-        s = config.stage2
         generator = torch_rng(config.stage2_seed, "stage2 head")
-        head = GeneralisedClassifier(classifier, a=s.a, learn_scale=s.learn_scale, delta=s.delta, generator=generator)
+        head, group = stage2_classifier(config.stage2, classifier, data.class_counts, generator)
         heads.append(head.to(device))
-        groups.append(head.parameter_groups(s.lr, s.delta_lr or 1.0))
-        objectives.append(Objective(s, data.class_counts, device))
+        groups.append(group)
+        objectives.append(Objective(config.stage2, data.class_counts, device))
     batches = batches_of(data, first.stage2, "stage2", first.stage2_seed, options)
     features_of = forward(network, first, options)
     if first.stage2.shift_bn:
@@ -354,6 +355,39 @@ def train_stage2(
         data, options, checkpoint, evaluate,
         mode=train_batch_norm if first.stage2.shift_bn else nn.Module.eval, seconds=shifting,
     ))  # fmt: skip
+
+
+def stage2_classifier(
+    stage: Stage2, stage1: nn.Linear, class_counts: Sequence[int], generator: torch.Generator
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """The classifier that Stage-2 trains, as it starts, and its optimiser's parameter groups.
+
+    Args:
+        stage1: Stage-1's classifier; never changed.
+        class_counts: images of each class that Stage-2 trains on, ``(K,)``.
+        generator: of what is drawn for it.
+
+    Raises:
+        MislasError: one of :data:`mislas.models.CLASSIFIERS` whose logits are not ``(B, K)``, or that learns nothing.
+    """
+    if stage.classifier is None:
+        head = GeneralisedClassifier(
+            stage1, a=stage.a, learn_scale=stage.learn_scale, delta=stage.delta, generator=generator
+        )
+        return head, head.parameter_groups(stage.lr, stage.delta_lr or 1.0)
+    frozen = copy.deepcopy(stage1).cpu().requires_grad_(False)
+    with seeded(generator):
+        head = CLASSIFIERS[stage.classifier](frozen, class_counts)
+    shape = tuple(head.eval()(torch.zeros(2, stage1.in_features)).shape)
+    if shape != (2, len(class_counts)):
+        raise MislasError(
+            f"classifier {stage.classifier!r} must give a logit of every class for every image, shape "
+            f"(2, {len(class_counts)}) for two; it gave shape {shape}"
+        )
+    learned = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    if not learned:
+        raise MislasError(f"classifier {stage.classifier!r} has no parameter that learns; what needs none is a rule")
+    return head, [{"params": learned, "lr": stage.lr}]
 
 
 def train_batch_norm(network: nn.Module) -> None:
@@ -472,7 +506,13 @@ def _loop(
         for group, s in zip(groups, stages, strict=True)
     ]
     base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    mode(network)
+
+    def to_training() -> None:
+        mode(network)
+        for head in heads:
+            head.train()
+
+    to_training()
 
     images = len(data.train_targets)
     state = _State(network, heads, optimizers, data.checksum, [[] for _ in configs], seconds=seconds, together=together)
@@ -518,7 +558,7 @@ def _loop(
             if evaluate is not None and not last and (epoch + 1) % options.eval_every == 0:
                 for row, found in zip(rows, evaluate(network, heads), strict=True):
                     row |= found
-                mode(network)
+                to_training()
             for history, row in zip(state.histories, rows, strict=True):
                 history.append(row)
             bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{rows[0]['train_loss']:.3f}", refresh=False)

@@ -149,7 +149,7 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     book, registries, hand_over, tmp_path, monkeypatch, capsys
 ):
     page = book.text(Path("book/add-a-method.md"))
-    cell, own_mix, rule_and_backbone, own_measure = CELL.findall(page)
+    cell, own_mix, own_classifier, rule_and_backbone, own_measure = CELL.findall(page)
     assert len([line for line in cell.splitlines() if line.strip()]) < 30
     space = {}
     table = execute(cell, space)
@@ -158,6 +158,9 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     mixes = execute(own_mix, space).frame
     assert list(mixes.index) == ["CE", "mixup", "Rare partners"]
     assert float(mixes.loc["Rare partners", ("IF 10", "tiny")]) > 50
+    classifiers = execute(own_classifier, space).frame
+    assert list(classifiers.index) == ["CE", "LWS", "Aligned"]
+    assert float(classifiers.loc["Aligned", ("IF 10", "tiny")]) > 50
     measured = execute(rule_and_backbone, space).frame
     assert list(measured.index) == ["CE", "CE+TS", "Calm"]
     assert (measured["accuracy"].astype(float) > 50).all()

@@ -21,7 +21,7 @@ from mislas.cluster import ClusterJob, Resources, cluster_jobs, independent, sha
 from mislas.errors import DataError, MislasError
 from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import configure
-from mislas.models import BACKBONES
+from mislas.models import BACKBONES, CLASSIFIERS
 from mislas.registries import entries_of
 from mislas.rules import RULES, Rule
 from mislas.runs import Store
@@ -176,13 +176,15 @@ def test_a_job_knows_what_the_script_that_submits_it_has_registered(tmp_path):
     assert drawn.tolist() == [0, 0, 0]
 
 
-def test_a_job_brings_the_rule_the_mix_and_the_backbone_that_it_calls(monkeypatch):
+def test_a_job_brings_the_rule_the_mix_the_classifier_and_the_backbone_that_it_calls(monkeypatch):
     monkeypatch.setitem(RULES, "mine", Rule(lambda known: known.classifier))
     monkeypatch.setitem(MIXES, "blend", lambda images, pairs: (images, pairs.partner, 1.0))
     monkeypatch.setitem(BACKBONES, "own", lambda: None)
-    entries = entries_of([digits("ncm+mixup", backbone="own", rule="mine", mix="blend")])
+    monkeypatch.setitem(CLASSIFIERS, "head", lambda stage1, class_counts: stage1.requires_grad_())
+    runs = [digits("ncm+mixup", backbone="own", rule="mine", mix="blend"), digits("lws", classifier="head")]
+    entries = entries_of(runs)
     names = {(registry, name) for registry, name, _ in pickle.loads(cloudpickle.dumps(entries))}
-    assert names == {("RULES", "mine"), ("MIXES", "blend"), ("BACKBONES", "own")}
+    assert names == {("RULES", "mine"), ("MIXES", "blend"), ("CLASSIFIERS", "head"), ("BACKBONES", "own")}
 
 
 def test_a_job_finds_the_modules_beside_the_script_from_any_folder(tmp_path):

@@ -8,6 +8,7 @@ from mislas.config import Adjustment, FewShot, Memory, RunConfig, Stage1, Stage2
 from mislas.errors import MislasError
 from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import configure
+from mislas.models import CLASSIFIERS
 from mislas.rules import RULES, tau_normalised
 
 MISLAS = configure("cifar10-jpeg", "mislas")
@@ -95,7 +96,10 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("key", [key for key in field_names() if key not in ("stage1.loss", "stage2.loss")])
+BY_NAME = ("stage1.loss", "stage2.loss", "stage2.classifier")  # names with what belongs to them: tests of their own
+
+
+@pytest.mark.parametrize("key", [key for key in field_names() if key not in BY_NAME])
 def test_every_field_changes_the_identity(key):
     if key in ELSEWHERE:
         method, changes = ELSEWHERE[key]
@@ -229,7 +233,8 @@ def test_fields_are_those_of_the_dataclasses_except_the_label():
         ("lr", "fast", "float"),
         ("lr", True, "float"),
         ("mixup", "no", "float or None"),
-        ("learn_scale", 1, "bool"),
+        ("learn_scale", 1, "bool or None"),
+        ("shift_bn", 1, "bool"),
         ("schedule", 3, "str"),
         ("delta", 0, "str or None"),
         ("seed", 0.0, "int"),
@@ -268,6 +273,7 @@ def test_a_part_of_mislas_can_be_switched_off(changes, off):
         ({"stage1.schedule": "step"}, r"unknown stage1.schedule 'step'; did you mean 'multistep'\? .*cosine"),
         ({"stage2.sampler": "balanced"}, r"unknown stage2.sampler 'balanced'.*Known: .*instance_balanced"),
         ({"delta": "new"}, r"unknown stage2.delta 'new'.*Known: fresh, stage1, zeros"),
+        ({"stage2.classifier": "lws"}, r"unknown stage2.classifier 'lws'. Known: "),
         ({"form": "concav"}, r"unknown form.*did you mean 'concave'"),
         ({"smoothing_over": "other"}, r"did you mean 'others'"),
     ],
@@ -444,6 +450,24 @@ def test_a_stage2_that_learns_nothing_is_refused():
     for nothing in ({"learn_scale": False}, {"a": 0}):
         with pytest.raises(MislasError, match="learns nothing"):
             replace(configure("digits", "ce"), stage2=Stage2(**stage2 | nothing))
+
+
+def test_a_classifier_of_your_own_takes_the_place_of_equation_4(monkeypatch):
+    """Whatever is set of that, before or beside it; and its run sees the features of the run that it replaces."""
+    monkeypatch.setitem(CLASSIFIERS, "mine", None)
+    config = configure("digits", "mislas", overrides={"classifier": "mine", "a": 0})
+    off = dict.fromkeys(("a", "learn_scale", "delta", "delta_lr"))
+    before = configure("digits", "mislas")
+    assert config.stage2 == replace(before.stage2, classifier="mine", **off)
+    assert config.id != before.id
+    assert config.shared_pass == before.shared_pass
+    assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    with pytest.raises(MislasError, match="a, learn_scale and delta are equation \\(4\\)'s"):
+        replace(config, stage2=replace(config.stage2, delta="zeros"))
+    with pytest.raises(MislasError, match=r"stage2\.a is 0 or 1, got None"):
+        config.override({"classifier": None})
+    with pytest.raises(MislasError, match="learn_scale is true or false"):
+        replace(before, stage2=replace(before.stage2, learn_scale=None))
 
 
 def test_eps_belongs_to_label_aware_smoothing():

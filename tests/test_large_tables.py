@@ -231,6 +231,16 @@ def test_weight_norms_are_means_by_group(made_up, stored):
     assert commands(str(table))[0].method == ["lws"]
 
 
+def test_a_classifier_without_weights_of_a_class_is_said_to_have_none(made_up, stored):
+    made_up("tinyimagenet64", "crt", R50, norm={"class_counts": np.arange(1, 201)})
+    table = weight_norms(stored, "tinyimagenet64", ["crt"], R50)
+    assert table.frame.loc["cRT"].tolist() == ["–"] * 4
+    assert "No weights that belong to a class: cRT." in str(table)
+    figure = weight_norm_figure(stored, "tinyimagenet64", PANELS, R50, "here")
+    (text,) = [text.get_text() for ax in figure.axes[:1] for text in ax.get_legend().get_texts()][:1]
+    assert text == "plain: no weights of a class"
+
+
 def test_classes_of_figure_2_are_sorted_by_training_images(made_up, stored):
     counts, norm = np.array([5, 50, 500] + [1] * 197), np.array([1.0, 2.0, 3.0] + [0.5] * 197)
     made_up("tinyimagenet64", "crt", R50, norm={"weight_norm": norm, "class_counts": counts})

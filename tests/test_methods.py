@@ -210,7 +210,7 @@ def test_a_slip_in_a_recipe_names_the_method_and_the_field(monkeypatch):
     with pytest.raises(MislasError, match=r"method 'mine': .*'los'"):
         configure("digits", "mine")
     monkeypatch.setitem(METHODS, "mine", replace(METHODS["crt"], stage2={"a": 0}))
-    with pytest.raises(MislasError, match=r"method 'mine': .*missing"):
+    with pytest.raises(MislasError, match=r"method 'mine': .*missing learn_scale"):
         configure("digits", "mine")
 
 

@@ -338,6 +338,21 @@ def test_norms_of_a_classifier_with_scales_are_scaled(digits, tmp_path):
     np.testing.assert_allclose(Store(tmp_path).get(LWS).arrays()["weight_norm"], norms, rtol=1e-6)
 
 
+def test_a_classifier_without_weights_of_a_class_has_no_norms(digits, tmp_path):
+    class Few(nn.Linear):  # a weight, and of two dimensions
+        def __init__(self):
+            super().__init__(64, 3)
+
+        def forward(self, features):
+            return super().forward(features) @ torch.eye(3, 10)
+
+    test = Images(digits.test_images, digits.spec.mean, digits.spec.std, padding=0)
+    finish([LWS], Trained(backbone("resnet8"), [Few()], [[{}]], 1.0), digits, test, Store(tmp_path), OPTIONS)
+    arrays = Store(tmp_path).get(LWS).arrays()
+    assert "weight_norm" not in arrays
+    assert len(arrays["class_counts"]) == 10
+
+
 def test_a_look_along_the_way_counts_what_is_right(full, digits):
     """Of a model trained to its end, it finds what the record says of the end."""
     network, head = full.get_weights(CE, 10)

@@ -25,7 +25,7 @@ from mislas.evaluate import predict
 from mislas.losses import LOSSES, LossSpec, cross_entropy, effective_number_weights
 from mislas.methods import ONE_STAGE, configure
 from mislas.metric import METRICS
-from mislas.models import backbone, init_kaiming, stage1_model
+from mislas.models import CLASSIFIERS, backbone, init_kaiming, stage1_model
 from mislas.train import (
     Objective,
     Options,
@@ -461,6 +461,73 @@ def test_statistics_that_are_shifted_first_stay_while_the_classifier_learns(digi
     train_stage2(configs, stage1, digits, options)
     assert not torch.equal(stage1[0].bn.running_mean, before["bn.running_mean"])
     assert_equal(stage1[0].state_dict(), moved[0].state_dict())
+
+
+class Scales(nn.Module):
+    """LWS, as a classifier of one's own."""
+
+    def __init__(self, stage1, class_counts):
+        super().__init__()
+        self.stage1, self.scale = stage1, nn.Parameter(torch.ones(len(class_counts)))
+
+    def forward(self, features):
+        return self.scale * self.stage1(features)
+
+
+def test_a_classifier_of_your_own_learns_as_the_same_one_of_equation_4(digits, options, trained, monkeypatch):
+    monkeypatch.setitem(CLASSIFIERS, "scales", Scales)
+    before = copy.deepcopy(trained[1].state_dict())
+    lws, own = digits_config("lws"), digits_config("lws", classifier="scales")
+    both = train_stage2([lws, own], trained, digits, options)
+    one, other = both.heads
+    assert (one.scale - 1).abs().max() > 0.01
+    torch.testing.assert_close(other.scale, one.scale, atol=1e-4, rtol=1e-4)
+    losses = [[row["train_loss"] for row in history] for history in both.histories]
+    np.testing.assert_allclose(*losses, atol=1e-4)
+    assert_equal(before, trained[1].state_dict())
+    assert_equal(before, other.stage1.state_dict())
+
+
+def test_a_classifier_of_your_own_starts_from_the_seed_in_training_mode(digits, options, trained, monkeypatch):
+    seen = []
+
+    class New(nn.Linear):
+        def __init__(self, stage1, class_counts):
+            super().__init__(stage1.in_features, len(class_counts))
+
+        def forward(self, features):
+            if features.any():  # the training's
+                seen.append(self.training)
+            return super().forward(features)
+
+    monkeypatch.setitem(CLASSIFIERS, "new", New)
+    looking = replace(options, eval_every=1)
+
+    def looks(network, heads):
+        predict(network, heads, Images(digits.test_images[:4], digits.spec.mean, digits.spec.std, padding=0))
+        return [{} for _ in heads]
+
+    config = digits_config("crt", classifier="new", **{"stage2.epochs": 2})
+    first = train_stage2([config], trained, digits, looking, evaluate=looks).heads[0]
+    assert seen.count(False) == 1  # in the look after the first epoch
+    assert seen[-1]
+    again = train_stage2([config], trained, digits, options).heads[0]
+    assert_equal(first.state_dict(), again.state_dict())
+    other = train_stage2([config.override({"stage2.draw": 1})], trained, digits, options).heads[0]
+    assert not torch.equal(first.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda stage1, class_counts: nn.Linear(64, 9), r"logit of every class.*shape \(2, 10\) for two.*\(2, 9\)"),
+        (lambda stage1, class_counts: stage1, "no parameter that learns"),
+    ],
+)
+def test_a_classifier_that_cannot_be_trained_is_refused(digits, options, trained, monkeypatch, make, message):
+    monkeypatch.setitem(CLASSIFIERS, "mine", make)
+    with pytest.raises(MislasError, match=f"^classifier 'mine' .*{message}"):
+        train_stage2([digits_config("crt", classifier="mine")], trained, digits, options)
 
 
 def test_another_draw_of_stage2_has_other_batches_and_weights_on_the_same_stage1(digits, options, trained):

@@ -22,8 +22,11 @@ from .config import RunConfig, assignment, check_type, locate, value_of
 from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
 from .methods import AFTER_TRAINING, HOLDOUT, METHODS, configure, settings_of
+from .registries import entries_of
 from .runs import Record, Store, default_results_root, run
 from .train import Options
+
+_LIBRARY = dict(METHODS)  # before any script could add to them
 
 #: Fields that say which run, not how it is trained: no overrides; and what to do instead.
 WHICH = {
@@ -404,29 +407,35 @@ class Study:
     def command(
         self, dataset: str, methods: Sequence[str], imbalance: float | None, changes: dict[str, Any] | None = None
     ) -> str:
-        """The command that measures these runs."""
+        """The command that measures these runs; where it needs what a script registers, ``python SCRIPT.py`` for one
+        that does and then is the command line."""
         fields = self.overrides | (changes or {})
         imbalance = fields.pop("imbalance", imbalance)
-        return self._command("train", dataset, [imbalance], [f"--method {' '.join(methods)}"], fields)
+        return self._command("train", dataset, [imbalance], methods, fields)
 
     def campaign_command(self, dataset: str, imbalances: Sequence[float | None] = ()) -> str:
         """The command that measures all that the book shows of a dataset, :data:`GRID` and :data:`FORMS` included, at
         some imbalance factors; without any, at those that a campaign takes by itself."""
-        return self._command("campaign", dataset, imbalances, [], self.overrides)
+        return self._command("campaign", dataset, imbalances, None, self.overrides)
 
     def _command(
         self,
         name: str,
         dataset: str,
         imbalances: Sequence[float | None],
-        more: Sequence[str],
+        methods: Sequence[str] | None,
         fields: dict[str, Any],
     ) -> str:
         first = self.datasets(dataset)[0]
-        parts = [f"mislas {name} --dataset {first}"]
-        if imbalances and first not in LISTS:
+        imbalances = [] if first in LISTS else imbalances
+        some = next(iter(imbalances), None)
+        configs = [configure(first, method, some, 0, fields) for method in methods or ("ce",)]
+        own = entries_of(configs) or any(_LIBRARY.get(method) is not METHODS[method] for method in methods or ())
+        parts = [f"{'python SCRIPT.py' if own else 'mislas'} {name} --dataset {first}"]
+        if imbalances:
             parts.append("--imbalance " + " ".join(f"{100 if i is None else i:g}" for i in imbalances))
-        parts += more
+        if methods is not None:
+            parts.append(f"--method {' '.join(methods)}")
         if self.seeds:
             parts.append(f"--seed {' '.join(map(str, self.seeds))}")
         if fields:

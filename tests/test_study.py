@@ -19,6 +19,7 @@ from mislas.config import Adjustment
 from mislas.errors import DataError, MislasError
 from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import METHODS, configure
+from mislas.models import BACKBONES
 from mislas.plots import missing_commands, reliability_figure
 from mislas.runs import Store, run
 from mislas.study import ALL_OF_THEIRS, FORMS, GRID, THEIR_FACTORS, Study, authors_variants, missing_by_command
@@ -314,6 +315,24 @@ def test_commands_carry_changes_that_the_command_line_understands(tmp_path):
     campaign = _parser().parse_args(shlex.split(study.campaign_command("cifar100", [100]))[1:])
     assert (campaign.dataset, campaign.imbalance, campaign.seed) == ("cifar100", [100], [1])
     assert "--imbalance" not in study.campaign_command("cifar100")
+
+
+@pytest.mark.parametrize("registers", ["method", "loss", "network"])
+def test_a_command_that_needs_a_script_says_so(registers, monkeypatch):
+    study, changes = Study(), {}
+    if registers == "method":
+        monkeypatch.setitem(METHODS, "mine", METHODS["ce"])
+    elif registers == "loss":
+        monkeypatch.setitem(LOSSES, "mine", LossSpec(lambda class_counts: cross_entropy))
+        changes = {"stage1.loss": "mine"}
+    else:
+        monkeypatch.setitem(BACKBONES, "mine", lambda: None)
+        study = Study(overrides={"backbone": "mine"})
+        assert study.campaign_command("cifar10").startswith("python SCRIPT.py campaign --dataset cifar10 ")
+    method = "mine" if registers == "method" else "ce"
+    command = study.command("cifar10", ["mixup", method], 50, changes)
+    assert command.startswith(f"python SCRIPT.py train --dataset cifar10 --imbalance 50 --method mixup {method} ")
+    assert Study().command("cifar10", ["mixup", "ce"], 50).startswith("mislas train --dataset cifar10 ")
 
 
 def test_the_committed_records_are_whole_and_on_the_full_schedule():

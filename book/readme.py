@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from mislas.cells import Table
 from mislas.methods import METHODS
 from mislas.plots import reliability_figure
 from mislas.study import Study
-from mislas.tables import TWO_STAGES, Table, table3
+from mislas.tables import TWO_STAGES, table3
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(?<=<!-- results: `make readme` writes this -->\n).*?(?=<!-- end of results -->)", re.DOTALL)

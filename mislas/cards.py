@@ -7,10 +7,10 @@ from typing import Any
 
 from IPython.display import Markdown
 
+from .cells import percent
 from .config import differences
 from .methods import METHODS, configure
 from .study import Study
-from .tables import percent
 
 
 def settings(method: str, dataset: str = "cifar10") -> dict[str, Any]:

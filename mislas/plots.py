@@ -14,12 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
+from .cells import DASH, Table, how_to, paired
 from .data import SPECS, long_tailed_counts
 from .evaluate import Bins
 from .losses import smoothing_factors
 from .runs import Record
 from .study import GRID, Asked, Study
-from .tables import DASH, PLACES, Table, by_group, how_to, paired
+from .tables import PLACES, by_group
 from .train import learning_rate_factor
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#595959"  # of Okabe and Ito's palette

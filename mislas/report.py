@@ -18,11 +18,11 @@ import pandas as pd
 
 from . import paper
 from .campaign import STAGE2_MIXUP, estimate, images_per_second, jobs, wanted
+from .cells import DASH, Table, missing_notes, paired, points, star, starred, table_of
 from .evaluate import BINS, Predictions, bin_of
 from .methods import METHODS
 from .runs import Record
 from .study import ALL_IMAGES, AS_MANY, FORMS, NO_SMOOTHING, Asked, Study, balanced
-from .tables import DASH, Table, missing_notes, paired, points, star, starred, table_of
 
 SMALL = 1.0  # points within which an effect counts as "limited"; the paper calls 0.3 so (appendix D.2)
 

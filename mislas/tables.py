@@ -1,16 +1,14 @@
-"""Tables that keep *paper*, *measured* and *tiny* numbers apart, for notebooks, the book and the README."""
+"""Tables of what is measured, beside the paper's numbers where it has them; those of the large benchmarks are in
+:mod:`mislas.large_tables`.
+"""
 
 from __future__ import annotations
 
 import functools
-import html
 import itertools
 import json
-import re
 import statistics
-import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,115 +16,27 @@ import numpy as np
 import pandas as pd
 
 from . import paper
-from .campaign import OTHERS, Rates, estimate, images_per_second, jobs
+from .campaign import OTHERS
+from .cells import (
+    DASH,
+    Table,
+    cell,
+    difference,
+    marked,
+    missing_notes,
+    paired,
+    percent,
+    points,
+    row_titles,
+    star,
+    table_of,
+)
 from .config import GROUPS, RunConfig, value_of
 from .data import groups
 from .errors import unknown
-from .methods import METHODS, configure, settings_of
-from .runs import Record, Store
-from .study import ALL_OF_THEIRS, Asked, Rows, Study, authors_variants, missing_by_command
-
-DASH = "–"
-
-
-def percent(values: Sequence[float], digits: int = 1) -> str:
-    """Fractions as percent: one value as it is, several as mean ± standard deviation (n - 1) over seeds."""
-    scaled = [100 * value for value in values]
-    if len(scaled) == 1:
-        return f"{scaled[0]:.{digits}f}"
-    return f"{statistics.mean(scaled):.{digits}f} ± {statistics.stdev(scaled):.{digits}f}"
-
-
-@dataclass(repr=False)
-class Table:
-    """A table, its caption and the notes under it; Jupyter shows it as HTML, ``print`` as Markdown.
-
-    Attributes:
-        frame: cells as text, methods as rows; columns may have two levels. An empty one is not shown.
-        caption: what it shows and on which data.
-        notes: footnotes and provenance, one paragraph each. Text between backquotes is code.
-    """
-
-    frame: pd.DataFrame
-    caption: str
-    notes: list[str] = field(default_factory=list)
-
-    def _repr_html_(self) -> str:
-        body = ""
-        if not self.frame.empty:
-            body = self.frame.to_html(classes="mislas-table", border=0, justify="center", sparsify=True)
-            body = re.sub("ε_([1K])", r"ε<sub>\1</sub>", body)
-            body = re.sub(r"(?<=\w)\+(?=\w)", "+<wbr>", body)  # a long name may break there
-            body = re.sub(r"(?<=[> ])-(?=\d)", "−", body)
-            body = re.sub(r"(?<=\d)\*(?=</td>)", '<span class="mislas-star">*</span>', body)
-            body = f'<div class="mislas-scroll">{body}</div>'
-        notes = "".join(f'<p class="mislas-note">{_inline(note)}</p>' for note in self.notes)
-        caption = f'<p class="mislas-caption">{_inline(self.caption)}</p>' if self.caption else ""
-        return f"{caption}{body}{notes}"
-
-    def to_markdown(self) -> str:
-        """A GitHub table with one header row, then the notes."""
-        columns = [" ".join(c) if isinstance(c, tuple) else str(c) for c in self.frame.columns]
-        rows = [["", *columns], ["---", *["---:"] * len(columns)]]
-        rows += [[str(name), *map(str, cells)] for name, cells in zip(self.frame.index, self.frame.values, strict=True)]
-        lines = [] if self.frame.empty else ["| " + " | ".join(row) + " |" for row in rows] + [""]
-        return "\n".join([*lines, self.caption, *(line for note in self.notes for line in ("", note))])
-
-    __str__ = __repr__ = to_markdown
-
-
-def _inline(text: str) -> str:
-    """Escape for HTML; `code` between backquotes becomes <code>, whose options do not break."""
-    parts = html.escape(text).split("`")
-    parts[1::2] = [f"<code>{_OPTION.sub(_WHOLE, part)}</code>" for part in parts[1::2]]
-    return "".join(parts)
-
-
-_OPTION, _WHOLE = re.compile(r"(?<!\S)--[a-z-]+"), r'<span class="mislas-option">\g<0></span>'
-
-
-def table_of(
-    study: Study, frame: pd.DataFrame, caption: str, notes: list[str], shown: Sequence[Record], beside: bool = False
-) -> Table:
-    """A table with its data and provenance. Where nothing is measured, what is left is what others published; if that
-    is nothing, what would be in it, and the commands; and if there are none, nothing at all."""
-    if shown:
-        return Table(
-            frame, caption + measured_on(study, shown) + study.changed(shown), [*notes, study.provenance(shown)]
-        )
-    published = [column for column in frame.columns if {"paper", "authors' code"} & {*column}]
-    if beside:
-        frame = frame[published] if published else frame
-    elif notes:
-        frame = pd.DataFrame()
-    else:
-        return Table(pd.DataFrame(), "")
-    return Table(frame, f"{caption} Nothing of it is measured yet.{study.changed()}", notes)
-
-
-def measured_on(study: Study, shown: Sequence[Record]) -> str:
-    """The end of a caption: whose numbers these are, the images that the runs saw, and what :func:`star` means."""
-    if study.kind == "tiny":
-        return " Tiny smoke runs: they show that the code runs, not what the paper found."
-    exact, *copies = _used(shown)
-    if not copies:
-        return f" Measured on {exact}."
-    return f" Measured on {exact}; where marked *, on {', '.join(copies)}: compare these with each other only."
-
-
-def star(records: Sequence[Record], shown: Sequence[Record]) -> str:
-    """The mark of a cell whose runs saw other images than the exact ones that some of its table saw."""
-    return "*" if records and records[0].config.dataset in _used(shown)[1:] else ""
-
-
-def starred(cells: dict[str, list[tuple[str, Sequence[Record]]]], shown: Sequence[Record]) -> dict[str, list[str]]:
-    """Rows or columns of cells, each with its :func:`star`; a cell comes as its text and the runs that it is of."""
-    return {name: [text + star(of, shown) for text, of in found] for name, found in cells.items()}
-
-
-def _used(shown: Sequence[Record]) -> list[str]:
-    """The datasets of some runs; an exact one comes before its copies, whose names begin with its own."""
-    return sorted({record.config.dataset for record in shown})
+from .methods import METHODS, configure
+from .runs import Record
+from .study import ALL_OF_THEIRS, Asked, Rows, Study, authors_variants
 
 
 def compare(
@@ -168,7 +78,7 @@ def compare(
     for place, records in enumerate(found):
         if records:
             many = f" (n={len(records)})" if len(records) > 1 else ""
-            accuracies[place] = _metric(records, "accuracy") + many + star(records, shown)
+            accuracies[place] = cell(records, "accuracy") + many + star(records, shown)
     columns: dict[tuple[str, str], list[str]] = {}
     for place, imbalance in enumerate(imbalances):
         head, cells = f"IF {imbalance:g}", slice(place * len(methods), (place + 1) * len(methods))
@@ -176,7 +86,7 @@ def compare(
             numbers = [published(method, imbalance) for method in methods]
             columns[head, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
         columns[head, study.kind] = accuracies[cells]
-        columns[head, "ECE"] = [_metric(records, "ece") + star(records, shown) for records in found[cells]]
+        columns[head, "ECE"] = [cell(records, "ece") + star(records, shown) for records in found[cells]]
     names = {name: method.title for name, method in METHODS.items()} | (titles or {})
     frame = pd.DataFrame(columns, index=[names[method] for method in methods])
     said = f"{'paper and measured' if beside else study.kind}, with the {study.kind} ECE (%)"
@@ -228,7 +138,7 @@ def beside_authors_code(study: Study, dataset: str, imbalances: Sequence[float] 
         cells["authors' code", "accuracy"] = [f"{accuracy:.1f}" for (accuracy, _), _ in rows.values()]
         cells["authors' code", "ECE"] = [f"{ece:g}" for (_, ece), _ in rows.values()]
     for head, key in {"accuracy": "accuracy", "ECE": "ece"}.items():
-        cells[study.kind, head] = [_metric(records, key) + star(records, shown) for records in found]
+        cells[study.kind, head] = [cell(records, key) + star(records, shown) for records in found]
     frame = pd.DataFrame(cells, index=list(rows))
     caption = f"Top-1 accuracy and ECE (%), {study.title(dataset)}: published with the authors' code, and ours."
     return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown, beside)
@@ -274,34 +184,6 @@ def table2_gains(
         + " ± is the standard error over the test images, not over seeds." * bool(shown)
     )
     return table_of(study, frame, caption, [], shown, beside)
-
-
-def paired(new: Sequence[Record], old: Sequence[Record]) -> tuple[list[Record], list[Record]]:
-    """What of two sets of runs can be compared: those of equal data and seeds, in equal order."""
-    index = {(record.config.dataset, record.config.seed): record for record in old}
-    both = [record for record in new if (record.config.dataset, record.config.seed) in index]
-    return both, [index[record.config.dataset, record.config.seed] for record in both]
-
-
-def difference(new: Sequence[Record], old: Sequence[Record]) -> str:
-    """Accuracy of some runs minus that of others, in points, with its standard error over the test images.
-
-    Both are tested on the same images, so the error is that of a paired difference: the spread over the images of
-    (share of ``new`` that is right) - (share of ``old`` that is right), by the root of their number. It does not know
-    how another training of the same network would have come out.
-
-    Args:
-        new, old: not empty, on the same test set.
-    """
-    right = [np.mean([record.predictions().correct for record in records], axis=0) for records in (new, old)]
-    delta = right[0] - right[1]
-    return f"{points(100 * delta.mean())} ± {100 * delta.std(ddof=1) / len(delta) ** 0.5:.1f}"
-
-
-def points(difference: float) -> str:
-    """A difference in points, with its sign. What lies half-way, such as 0.25, has one text wherever it is shown: which
-    way it goes is not left to how it was summed."""
-    return f"{round(difference, 6):+z.1f}"
 
 
 def _ece_change(new: Sequence[Record], old: Sequence[Record]) -> str:
@@ -351,49 +233,6 @@ def variants(
     return table_of(study, frame, caption, notes, [record for records in found for record in records], beside)
 
 
-def marked(
-    study: Study,
-    dataset: str,
-    asked: Sequence[Asked],
-    found: Sequence[Sequence[Record]],
-    say: Callable[..., str] | None = None,
-) -> tuple[list[str], list[str]]:
-    """For each run ``[a]``, ``[b]``, ... if no record was found, else an empty string; and the notes that say what each
-    mark means and which command measures its runs. One more names what measures, on exact images, what has a
-    :func:`star`. Where no record at all was found, there is nothing to tell apart, and no mark.
-
-    Args:
-        say: of a dataset, methods, imbalance factor and changes makes the command; default
-            :meth:`mislas.study.Study.command`.
-    """
-    say = say or study.command
-    cells, notes = [""] * len(asked), []
-    shown = [record for records in found for record in records]
-    letters = itertools.chain(string.ascii_lowercase, itertools.repeat("+"))
-    for command in study.missing(asked, found):
-        blank = [
-            place
-            for place, (method, *rest) in enumerate(asked)
-            if not found[place] and method in command[0] and rest == list(command[1:])
-        ]
-        mark = f"[{next(letters)}]" if blank and shown else ""
-        for place in blank:
-            cells[place] = mark
-        what = "Not measured yet" if blank else "Not measured with every seed yet"
-        notes.append(f"{mark} {what}: `{say(dataset, *command)}`".strip())
-    exact = [[] if star(records, shown) else ["exact, or missing"] for records in found]
-    starred_runs = missing_by_command(asked, exact)
-    return cells, notes + [f"[*] On exact images: `{say(dataset, *command)}`" for command in starred_runs]
-
-
-def missing_notes(study: Study, dataset: str, asked: Sequence[Asked], found: Sequence[Sequence[Record]]) -> list[str]:
-    """Notes naming the commands for the runs that were not found; for many, the campaign's: it trains them together."""
-    commands = study.missing(asked, found)
-    if len(commands) > 3:
-        return [f"Not measured yet: `{study.campaign_command(dataset, [asked[0][1]])}`"]
-    return [f"Not measured yet: `{study.command(dataset, *command)}`" for command in commands]
-
-
 def learned_on(
     study: Study,
     dataset: str,
@@ -425,7 +264,7 @@ def learned_on(
     known = [head for head, key in heads.items() if any(record.metrics[key] is not None for record in shown)]
     cells = {}
     for column, head in itertools.product(columns, known):
-        cells[column, head] = [_metric(found[name, column], heads[head], "not measured") for name in rows]
+        cells[column, head] = [cell(found[name, column], heads[head], "not measured") for name in rows]
     frame = pd.DataFrame(cells, index=list(rows))
     caption = (
         f"Top-1 accuracy and ECE (%), {title or study.title(dataset)}, IF {imbalance:g}: "
@@ -627,12 +466,6 @@ BY_GROUP = {
 }
 
 
-def row_titles(methods: Sequence[str]) -> list[str]:
-    """Titles of methods; of those that share one, with their names."""
-    titles = [METHODS[method].title for method in methods]
-    return [t if titles.count(t) == 1 else f"{t} ({m})" for t, m in zip(titles, methods, strict=True)]
-
-
 def measures(
     study: Study,
     dataset: str,
@@ -719,242 +552,8 @@ def selection(
     return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
 
 
-# ----------------------------------------------------------------------- the large benchmarks: Tables 1, 4, 6, 7, 8
-
-
-def how_to(
-    study: Study,
-    dataset: str,
-    methods: Sequence[str],
-    imbalance: float | None = None,
-    changes: dict[str, Any] | None = None,
-) -> str:
-    """The command that measures some runs; as a comment, the images that pass through the network for it, Stage-1
-    included, and the hours on the fastest device whose rate for such runs the store knows."""
-    configs = [config for method in methods for config in study.configs(dataset, method, imbalance, changes)]
-    planned = jobs(configs, study.store)
-    images = sum(job.passes for job in planned)
-    hours = estimate(planned, _rates(study.store.root, len(list(study.store.root.glob("*/*.json")))))
-    cost = f"{images / 1e6:,.1f} million image passes" + (f", {hours}" if hours else "")
-    return f"{study.command(dataset, methods, imbalance, changes)}  # {cost}"
-
-
-@functools.lru_cache(maxsize=1)
-def _rates(root: Path, count: int) -> dict[str, Rates]:
-    """Rates of a store that has ``count`` files."""
-    return images_per_second(Store(root))
-
-
 #: What a row's cells are called: paper's names of groups, and the metric that each is.
 GROUP_METRICS = {"many": "accuracy_many", "medium": "accuracy_medium", "few": "accuracy_few", "all": "accuracy"}
-
-
-def by_groups(
-    study: Study,
-    dataset: str,
-    published: dict[str, Sequence[float]],
-    columns: Sequence[str] = paper.GROUPS,
-    changes: dict[str, Any] | None = None,
-    title: str | None = None,
-) -> Table:
-    """Tables 4, 6, 7 and 8: top-1 accuracy by group of classes and over all, the paper's beside ours, and our ECE.
-
-    With the tiny profile and on neighbours there is no number of the paper. A method that has not been measured names
-    the command.
-
-    Args:
-        dataset: a dataset of the paper, or a neighbour.
-        published: rows, and the paper's accuracy (%) in each of ``columns``; empty where the paper has none.
-        columns: of :data:`mislas.paper.GROUPS`.
-        changes: what is changed in every run, such as the backbone.
-        title: what the caption calls the data; default :meth:`mislas.study.Study.title`.
-    """
-    beside = study.kind != "tiny" and dataset in paper.DATASETS and all(published.values())
-    asked = [(method, None, changes or {}) for method in published]
-    found = study.each(dataset, asked)
-    marks, notes = marked(study, dataset, asked, found, functools.partial(how_to, study))
-    cells: dict[tuple[str, str], list[str]] = {}
-    for place, column in enumerate(columns):
-        if beside:
-            cells[column, "paper"] = [f"{published[method][place]:.1f}" for method in published]
-        cells[column, study.kind] = [
-            mark or _metric(records, GROUP_METRICS[column]) for mark, records in zip(marks, found, strict=True)
-        ]
-    cells["ECE", study.kind] = [_metric(records, "ece") for records in found]
-    frame = pd.DataFrame(cells, index=[paper.TITLES_LARGE.get(m, METHODS[m].title) for m in published])
-    shown = [record for records in found for record in records]
-    caption = f"Top-1 accuracy{' and ECE' * bool(shown)} (%), {title or study.title(dataset)}."
-    return table_of(study, frame, caption, notes, shown, beside)
-
-
-def _metric(records: Sequence[Record], name: str, absent: str = DASH) -> str:
-    """Mean and spread over seeds of a measure, in percent; a dash for a group without classes."""
-    values = [record.metrics[name] for record in records]
-    if not values:
-        return absent
-    return DASH if None in values else percent(values)
-
-
-#: Rows of Table 1 as the paper prints them.
-TABLE1_TITLES = {
-    (False, None): "Stage-1 (no mixup)",
-    (True, None): "Stage-1 (mixup)",
-    (False, False): "Stage-1 (no mixup) + Stage-2 (no mixup)",
-    (False, True): "Stage-1 (no mixup) + Stage-2 (mixup)",
-    (True, False): "Stage-1 (mixup) + Stage-2 (no mixup)",
-    (True, True): "Stage-1 (mixup) + Stage-2 (mixup)",
-}
-
-
-def table1_runs(study: Study, dataset: str, head: str, first: bool, second: bool | None) -> tuple[str, dict[str, Any]]:
-    """A cell of Table 1 as (method, changes); mixup's alpha in Stage-2 is that of the dataset in Stage-1.
-
-    Args:
-        head: ``"crt"`` or ``"lws"``.
-        first: whether Stage-1 has mixup.
-        second: whether Stage-2 has; None: there is no Stage-2.
-    """
-    if second is None:
-        return ("mixup" if first else "ce"), {}
-    alpha = settings_of(study.datasets(dataset)[0]).mixup
-    return head + "+mixup" * first, {"stage2.mixup": alpha} if second else {}
-
-
-def _beside_table1(study: Study, dataset: str, changes: dict[str, Any]) -> bool:
-    """Whether the paper has numbers to set beside ours."""
-    return study.kind != "tiny" and dataset == "imagenet-lt" and changes["backbone"] in paper.TABLE1[False, None]
-
-
-def table1(study: Study, dataset: str, changes: dict[str, Any], title: str | None = None) -> Table:
-    """Table 1 for one backbone: top-1 accuracy of cRT and LWS with and without mixup in each stage, and the ECE."""
-    beside = _beside_table1(study, dataset, changes)
-    heads = {"crt": "cRT", "lws": "LWS"}
-    cells: dict[tuple[str, str], list[str]] = {}
-    runs = [table1_runs(study, dataset, head, *setup) for head in heads for setup in TABLE1_TITLES]
-    asked = [(method, None, changes | more) for method, more in runs]
-    found = study.each(dataset, asked)
-    marks, notes = marked(study, dataset, asked, found, functools.partial(how_to, study))
-    for place, name in enumerate(heads.values()):
-        its = slice(place * len(TABLE1_TITLES), (place + 1) * len(TABLE1_TITLES))
-        if beside:
-            numbers = [paper.TABLE1[setup][changes["backbone"]][place] for setup in TABLE1_TITLES]
-            cells[name, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
-        cells[name, study.kind] = [
-            mark or _metric(records, "accuracy") for mark, records in zip(marks[its], found[its], strict=True)
-        ]
-        cells[name, "ECE"] = [_metric(records, "ece") for records in found[its]]
-    frame = pd.DataFrame(cells, index=list(TABLE1_TITLES.values()))
-    shown = [record for records in found for record in records]
-    caption = f"Top-1 accuracy{' and ECE' * bool(shown)} (%), {title or study.title(dataset)}."
-    return table_of(study, frame, caption, notes, shown, beside)
-
-
-#: What Table 1 says about mixup, as differences of its rows: new minus old.
-TABLE1_GAINS = {
-    "mixup in Stage-1, seen after Stage-1": ((True, None), (False, None)),
-    "mixup in Stage-1, seen after Stage-2": ((True, False), (False, False)),
-    "mixup in Stage-2, none in Stage-1": ((False, True), (False, False)),
-    "mixup in Stage-2, after Stage-1 with it": ((True, True), (True, False)),
-}
-
-
-def table1_gains(study: Study, dataset: str, changes: dict[str, Any], title: str | None = None) -> Table:
-    """What mixup adds to accuracy in each stage, in points, for one backbone: differences of the rows of Table 1.
-
-    Ours compare equal data and seeds, with the standard error of :func:`difference`; a dash where a row is missing.
-    """
-    beside = _beside_table1(study, dataset, changes)
-    cells: dict[tuple[str, str], list[str]] = {}
-    shown: list[Record] = []
-    for place, (head, name) in enumerate({"crt": "cRT", "lws": "LWS"}.items()):
-        published, ours = [], []
-        for pair in TABLE1_GAINS.values():
-            if beside:
-                new, old = (paper.TABLE1[setup][changes["backbone"]][place] for setup in pair)
-                published.append(DASH if new is None or old is None else points(new - old))
-            runs = [table1_runs(study, dataset, head, *setup) for setup in pair]
-            new, old = paired(*(study.runs(dataset, method, None, changes | more) for method, more in runs))
-            shown += new + old
-            ours.append(difference(new, old) if new else DASH)
-        if beside:
-            cells[name, "paper"] = published
-        cells[name, study.kind] = ours
-    frame = pd.DataFrame(cells, index=list(TABLE1_GAINS))
-    caption = (
-        f"What mixup adds to top-1 accuracy, in points, {title or study.title(dataset)}. ± is the standard error over "
-        "the test images, not over seeds."
-    )
-    return table_of(study, frame, caption, [], shown, beside)
-
-
-def adds_up(study: Study, dataset: str, rows: dict[str, Sequence[float]], title: str) -> Table:
-    """Whether rows of Tables 6 and 8 agree with themselves: *all* is the mean of the groups, weighted by their classes,
-    by every definition of the groups in :data:`mislas.paper.GROUP_SIZES`.
-
-    Every number is rounded to 0.1, which explains a miss of 0.1; 0.11 is let pass, since rows of Table 6 miss by little
-    more.
-    """
-    definitions = paper.GROUP_SIZES[dataset]
-    cells = {}
-    for method, (*by_group, everything) in rows.items() if study.kind != "tiny" else ():
-        means = {name: float(np.dot(sizes, by_group) / sum(sizes)) for name, sizes in definitions.items()}
-        agrees = [name for name, mean in means.items() if abs(mean - everything) <= 0.11]
-        told = {0: "neither", len(means): "both"}.get(len(agrees), ", ".join(agrees))
-        cells[paper.TITLES_LARGE[method]] = [f"{everything:.1f}", *(f"{mean:.2f}" for mean in means.values()), told]
-    columns = ["all, paper", *(f"from its groups, {name}" for name in definitions), "adds up by"]
-    frame = pd.DataFrame.from_dict(cells, orient="index", columns=columns)
-    sizes = "; ".join(f"{', '.join(map(str, sizes))} by the {name}" for name, sizes in definitions.items())
-    caption = f"{title}: the paper's accuracy over all classes (%), and the mean of its groups. Classes: {sizes}."
-    if (frame["adds up by"] == "both").all():
-        frame = frame.drop(columns="adds up by")
-        caption += " Every row adds up to within 0.11; rounding explains 0.1."
-    return Table(frame, caption if cells else "The tiny profile shows no number of the paper.")
-
-
-def released(study: Study, datasets: Sequence[str]) -> Table:
-    """Accuracy and ECE that the authors published with their code, per dataset and stage."""
-    rows = {
-        f"{paper.DATASETS[dataset]}, {name}": [f"{number:g}" for number in paper.AUTHORS_CODE_LARGE[dataset][method]]
-        for dataset in (datasets if study.kind != "tiny" else ())
-        for method, name in {"mixup": "Stage-1 (mixup)", "mislas": "MiSLAS"}.items()
-    }
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["accuracy", "ECE"])
-    caption = "Accuracy and ECE (%) that the authors published with their code."
-    return Table(frame, caption if rows else "The tiny profile shows no number of the authors.")
-
-
-def weight_norms(
-    study: Study, dataset: str, methods: Sequence[str], changes: dict[str, Any], title: str | None = None
-) -> Table:
-    """Norms of the classifier's weights, mean over the classes of each group, first seed: what Figure 2 draws.
-
-    LWS's norms include its scales. The last column is few over many: how far rare classes are from being favoured. A
-    classifier of your own may have no weights that belong to a class, and so no norms.
-    """
-    rows, shown, missing, without = {}, [], [], []
-    measured = study.each(dataset, [(method, None, changes) for method in methods])
-    for name, method, all_seeds in zip(row_titles(methods), methods, measured, strict=True):
-        records = all_seeds[:1]
-        shown += records
-        missing += [] if records else [method]
-        means = dict.fromkeys(GROUPS)
-        arrays = records[0].arrays() if records else {}
-        if "weight_norm" in arrays:
-            means = {
-                group: float(arrays["weight_norm"][classes].mean()) if classes else None
-                for group, classes in groups(arrays["class_counts"].tolist()).items()
-            }
-        elif records:
-            without.append(name)
-        ratio = means["few"] / means["many"] if means["few"] and means["many"] else None
-        rows[name] = [DASH if m is None else f"{m:.2f}" for m in (*means.values(), ratio)]
-    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[*GROUPS, "few / many"])
-    caption = (
-        f"Mean L2 norm of the classifier's weights by group of classes, {title or study.title(dataset)}, first seed."
-    )
-    notes = [f"Not measured yet: `{how_to(study, dataset, missing, None, changes)}`"] if missing else []
-    notes += [f"No weights that belong to a class: {', '.join(without)}."] if without else []
-    return table_of(study, frame, caption, notes, shown)
 
 
 def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
@@ -1013,9 +612,6 @@ def copies(study: Study, dataset: str, methods: Sequence[str], imbalance: float 
     missing = [method for method in methods if method not in known]
     notes = [f"Not measured on both yet: {', '.join(METHODS[method].title for method in missing)}."] if missing else []
     return Table(frame, caption, [*notes, study.provenance(shown)])
-
-
-# ------------------------------------------------------------------------------------------ one schedule in two ways
 
 
 def two_ways(folder: Path) -> Table:

@@ -12,22 +12,22 @@ import pytest
 
 from mislas import paper
 from mislas.campaign import Job, _kind, estimate, wanted
+from mislas.cells import how_to
 from mislas.cli import _parser, parse_overrides
-from mislas.methods import configure
-from mislas.plots import missing_commands, reliability_figure, weight_norm_figure
-from mislas.study import SHORT, Study
-from mislas.tables import (
+from mislas.large_tables import (
     TABLE1_GAINS,
     TABLE1_TITLES,
     adds_up,
     by_groups,
-    how_to,
     released,
     table1,
     table1_gains,
     table1_runs,
     weight_norms,
 )
+from mislas.methods import configure
+from mislas.plots import missing_commands, reliability_figure, weight_norm_figure
+from mislas.study import SHORT, Study
 
 R50 = {"backbone": "resnet50"}
 PANELS = {"cRT": {"plain": "crt", "mixup": "crt+mixup"}, "LWS": {"plain": "lws", "mixup": "lws+mixup"}}

@@ -14,6 +14,7 @@ from mislas import paper
 from mislas import study as study_module
 from mislas.archive import checked
 from mislas.campaign import wanted
+from mislas.cells import percent
 from mislas.cli import _parser, parse_overrides
 from mislas.config import Adjustment
 from mislas.errors import DataError, MislasError
@@ -23,7 +24,7 @@ from mislas.models import BACKBONES
 from mislas.plots import missing_commands, reliability_figure
 from mislas.runs import Store, run
 from mislas.study import ALL_OF_THEIRS, FORMS, GRID, THEIR_FACTORS, Study, authors_variants, missing_by_command
-from mislas.tables import compare, distance, measures, percent, table3
+from mislas.tables import compare, distance, measures, table3
 from mislas.train import Options
 
 QUICK = {"epochs": 2, "stage2.epochs": 1}
@@ -70,11 +71,6 @@ def test_table_shows_mean_spread_and_n_and_names_the_command_for_the_rest(store)
         f"--set epochs=2 stage2.epochs=1 --data-root DIR --results-root {store.root}`"
     )
     assert "seeds 0, 1" in table.notes[-1]
-
-
-def test_percent_is_mean_and_sample_standard_deviation():
-    assert percent([0.5]) == "50.0"
-    assert percent([0.5, 0.6]) == "55.0 ± 7.1"  # sd of (50, 60) with n - 1 is 10 / sqrt(2)
 
 
 def test_table_3_of_an_empty_store_shows_the_paper_and_how_to_fill_it(tmp_path):

@@ -10,19 +10,15 @@ import pytest
 
 from mislas.errors import MislasError
 from mislas.methods import METHODS, configure
-from mislas.report import Outcome
 from mislas.study import ALL_OF_THEIRS, LEARNED, Study, authors_variants
 from mislas.tables import (
     BY_GROUP,
     beside_authors_code,
     by_group,
     copies,
-    difference,
     distance,
     learned_on,
     measures,
-    paired,
-    points,
     selection,
     shift_remarks,
     shift_sizes,
@@ -94,35 +90,6 @@ def test_gains_of_table_2_are_differences_of_its_rows(made_up):
     assert frame["IF 100", "paper"].tolist() == ["+3.0", "+1.1", "+1.7"]
     assert frame["IF 100", "measured"].tolist() == ["+25.0 ± 25.0", "–", "–"]
     assert frame["IF 100", "ECE"].tolist() == ["-20.0", "–", "–"]
-
-
-def test_difference_has_the_standard_error_of_a_paired_difference(made_up):
-    new = made_up("cifar10", "lws", right=(1, 1, 1, 0))
-    old = made_up("cifar10", "crt", right=(1, 0, 1, 1))
-    # per image 0, 1, 0, -1: mean 0, standard deviation sqrt(2 / 3), over the root of 4 images
-    assert difference([new], [old]) == "+0.0 ± 40.8"
-
-
-def test_half_a_digit_has_one_text_however_it_was_summed():
-    assert {points(0.25 + noise) for noise in (1e-12, -1e-12)} == {"+0.2"}
-    assert {points(-0.25 + noise) for noise in (1e-12, -1e-12)} == {"-0.2"}
-    assert points(-1e-9) == "+0.0"
-    assert str(Outcome([], [], ["a run"], ["another"], 0.25 + 1e-12)) == "+0.2"
-
-
-def test_difference_averages_seeds_image_by_image(made_up):
-    new = [made_up("cifar10", "lws", seed=seed, right=right) for seed, right in enumerate([(1, 1), (1, 0)])]
-    old = [made_up("cifar10", "crt", seed=seed, right=right) for seed, right in enumerate([(1, 0), (0, 0)])]
-    # per image (1 - 0.5, 0.5 - 0): both 0.5, so no spread
-    assert difference(new, old) == "+50.0 ± 0.0"
-
-
-def test_paired_keeps_equal_data_and_seeds(made_up):
-    new = [made_up("cifar10", "lws", seed=seed) for seed in (0, 1, 2)]
-    old = [made_up("cifar10", "crt", seed=2), made_up("cifar10", "crt", seed=0), made_up("cifar10-jpeg", "crt", seed=1)]
-    both = paired(new, old)
-    assert [[r.config.seed for r in records] for records in both] == [[0, 2], [0, 2]]
-    assert paired(new, []) == ([], [])
 
 
 def test_variants_are_held_against_the_first_row(made_up):

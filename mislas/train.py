@@ -368,7 +368,8 @@ def stage2_classifier(
         generator: of what is drawn for it.
 
     Raises:
-        MislasError: one of :data:`mislas.models.CLASSIFIERS` whose logits are not ``(B, K)``, or that learns nothing.
+        MislasError: one of :data:`mislas.models.CLASSIFIERS` that is no module, whose logits are not ``(B, K)``, or
+            that learns nothing.
     """
     if stage.classifier is None:
         head = GeneralisedClassifier(
@@ -378,7 +379,10 @@ def stage2_classifier(
     frozen = copy.deepcopy(stage1).cpu().requires_grad_(False)
     with seeded(generator):
         head = CLASSIFIERS[stage.classifier](frozen, class_counts)
-    shape = tuple(head.eval()(torch.zeros(2, stage1.in_features)).shape)
+    if not isinstance(head, nn.Module):
+        raise MislasError(f"classifier {stage.classifier!r} must make a torch.nn.Module, got {head!r}")
+    with torch.no_grad():
+        shape = tuple(head.eval()(torch.zeros(2, stage1.in_features)).shape)
     if shape != (2, len(class_counts)):
         raise MislasError(
             f"classifier {stage.classifier!r} must give a logit of every class for every image, shape "

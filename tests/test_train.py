@@ -522,6 +522,7 @@ def test_a_classifier_of_your_own_starts_from_the_seed_in_training_mode(digits, 
     [
         (lambda stage1, class_counts: nn.Linear(64, 9), r"logit of every class.*shape \(2, 10\) for two.*\(2, 9\)"),
         (lambda stage1, class_counts: stage1, "no parameter that learns"),
+        (lambda stage1, class_counts: stage1.forward, r"torch\.nn\.Module, got <"),
     ],
 )
 def test_a_classifier_that_cannot_be_trained_is_refused(digits, options, trained, monkeypatch, make, message):

@@ -523,40 +523,31 @@ def _loop(
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, configs)
     learned_alone = [p for head in heads for p in head.parameters() if p.requires_grad]
-    main, single = distributed.rank() == 0, distributed.world() == 1
-    every = options.checkpoint_every if single else 0.0
-    deadline = math.inf if options.deadline is None else options.deadline
-    started = saved = time.monotonic()
-    before, first_epoch = state.seconds, state.epoch
+    clock = _Clock(options, state.seconds)
     with progress_bar(configs, stage_name, stage.epochs * images, options, state.epoch * images) as bar:
         for epoch in range(state.epoch, stage.epochs):
             factors = [learning_rate_factor(s, epoch) for s in stages]
             for optimizer, rates, factor in zip(optimizers, base_rates, factors, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-            totals = torch.zeros(len(heads), device=device)
-            left = images
+            totals, left = torch.zeros(len(heads), device=device), images
             for losses in steps(epoch):
                 if isinstance(losses, Forward):  # first the features on which the losses will be
                     yield losses
                     continue
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
                 step = torch.stack(losses)
-                yield step.sum()  # for its gradient; heads share no parameter: each gets its own alone
-                distributed.average_gradients(learned_alone)
-                for optimizer in optimizers:
-                    optimizer.step()
+                yield from _descend(step, optimizers, learned_alone)
                 size = min(stage.batch_size, left)
-                left -= size
                 totals += step.detach() * size
+                left -= size
                 bar.update(size)
-                if single and left and time.monotonic() > deadline:
+                if left and clock.late():
                     network.eval()
                     raise OutOfTime(f"stopped within epoch {epoch + 1} of {stage.epochs}, which starts again")
-            rows = [{"epoch": epoch + 1, "lr": s.lr * factor} for s, factor in zip(stages, factors, strict=True)]
-            for row, total in zip(rows, (totals / images).tolist(), strict=True):
-                row["train_loss"] = round(total, 5)
+            rows = [
+                {"epoch": epoch + 1, "lr": s.lr * factor, "train_loss": round(total, 5)}
+                for s, factor, total in zip(stages, factors, (totals / images).tolist(), strict=True)
+            ]
             last = epoch + 1 == stage.epochs
             _check_finite(configs, stage_name, rows, network, heads if last else [])
             if evaluate is not None and not last and (epoch + 1) % options.eval_every == 0:
@@ -566,19 +557,64 @@ def _loop(
             for history, row in zip(state.histories, rows, strict=True):
                 history.append(row)
             bar.set_postfix(epoch=f"{epoch + 1}/{stage.epochs}", loss=f"{rows[0]['train_loss']:.3f}", refresh=False)
-            state.epoch, state.seconds = epoch + 1, before + time.monotonic() - started
-            now = time.monotonic()
-            per_epoch = (now - started) / (epoch + 1 - first_epoch)
-            over = distributed.agree(not last and now + 1.2 * per_epoch + 2 > deadline)
-            near = now + 3 * per_epoch + 2 > deadline  # an epoch may take longer than those before, and be stopped
-            if main and checkpoint is not None and (last or over or near or now - saved >= every):
+            state.epoch, state.seconds = epoch + 1, clock.seconds()
+            over, due = clock.after_epoch(last)
+            if checkpoint is not None and due and distributed.rank() == 0:
                 state.save(checkpoint, configs)
-                saved = now
             if over:
                 network.eval()
                 raise OutOfTime(f"stopped after epoch {epoch + 1} of {stage.epochs}")
     network.eval()
     return Trained(network, heads, state.histories, state.seconds, state.together)
+
+
+def _descend(
+    losses: Tensor, optimizers: Sequence[torch.optim.Optimizer], learned_alone: Sequence[Tensor]
+) -> Iterator[Tensor]:
+    """One step down the gradient of each head's loss. Heads share no parameter, so the sum gives each its own alone.
+    ``learned_alone`` are their parameters, whose gradients several processes that train together make equal."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    yield losses.sum()  # for its gradient
+    distributed.average_gradients(learned_alone)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+class _Clock:
+    """When to checkpoint and when to stop. Several processes do both after an epoch only, and checkpoint every one.
+
+    Args:
+        options: whose ``checkpoint_every`` and ``deadline`` hold.
+        before: seconds that the runs took until now.
+    """
+
+    def __init__(self, options: Options, before: float):
+        self.single = distributed.world() == 1
+        self.every = options.checkpoint_every if self.single else 0.0
+        self.deadline = math.inf if options.deadline is None else options.deadline
+        self.before, self.epochs = before, 0
+        self.started = self.saved = time.monotonic()
+
+    def seconds(self) -> float:
+        """What the runs took, all starts together."""
+        return self.before + time.monotonic() - self.started
+
+    def late(self) -> bool:
+        """Whether to stop within an epoch."""
+        return self.single and time.monotonic() > self.deadline
+
+    def after_epoch(self, last: bool) -> tuple[bool, bool]:
+        """Whether to stop here, since another epoch would end too late; and whether a checkpoint is due."""
+        self.epochs += 1
+        now = time.monotonic()
+        per_epoch = (now - self.started) / self.epochs
+        over = distributed.agree(not last and now + 1.2 * per_epoch + 2 > self.deadline)
+        near = now + 3 * per_epoch + 2 > self.deadline  # an epoch may take longer than those before, and be stopped
+        due = last or over or near or now - self.saved >= self.every
+        if due:
+            self.saved = now
+        return over, due
 
 
 def _check_finite(

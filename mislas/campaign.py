@@ -26,7 +26,7 @@ from .study import (
     GRID,
     LEARNED,
     REDRAWN,
-    REDRAWN_METHODS,
+    REDRAWN_RUNS,
     SHORT,
     UNSEEN,
     Rows,
@@ -105,7 +105,7 @@ def wanted(
         others = [m for m in OTHERS if own in RESNETS or "second_sampler" not in METHODS[m].stage1]
         configs += [one(method, imbalance, seed) for method in others for imbalance in imbalances]
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
-        configs += [one(method, first, seed, changes) for method in REDRAWN_METHODS for changes in REDRAWN.values()]
+        configs += [one(method, first, seed, own | new) for method, own in REDRAWN_RUNS for new in REDRAWN.values()]
         held_out = [asked for rows in UNSEEN.values() for asked in rows.values()]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) == 1:
             held_out = []

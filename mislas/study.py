@@ -67,9 +67,9 @@ STATISTICS = ("Stage-1's", "plain images, as they come", "plain images, balanced
 BALANCED = {"shift_epochs": 1}  # a running average has forgotten what it was after an epoch
 DRAWN = BALANCED | {"shift_sampler": "instance_balanced"}
 NO_SMOOTHING = {"eps_1": 0.0, "eps_k": 0.0}
-#: Stage-2 drawn anew on the same Stage-1, by title, and the methods for which it is.
+#: Stage-2 drawn anew on the same Stage-1, by title; and the runs for which it is, each a method and its changes.
 REDRAWN = {"the seed's draw": {}} | {f"draw {draw}": {"stage2.draw": draw} for draw in (1, 2)}
-REDRAWN_METHODS = ("crt+mixup", "lws+mixup", "mislas")
+REDRAWN_RUNS = (("crt+mixup", {}), ("lws+mixup", {}), ("mislas", {}), ("mislas", {"shift_bn": False}))
 
 
 Rows = dict[str, list[tuple[str, dict[str, Any]]]]

@@ -25,6 +25,7 @@ from .samplers import SAMPLERS
 SCHEDULES = {"multistep": ((0.8, 0.9), 0.1), "multistep-bbn": ((0.6, 0.8), 0.01), "cosine": None}
 PRECISIONS = ("fp32", "bf16")
 GROUPS = ("many", "medium", "few")
+AVERAGES = ("cumulative",)  # of batch norm's statistics, beside the moving one
 
 # A field whose value is None is "off" and is left out of the canonical form. A field added later starts as None, so
 # that the identities of runs measured before it stay what they were.
@@ -125,6 +126,7 @@ class Stage2(Sgd):
         gamma, adjustment: as in :class:`Stage1`.
         shift_bn: whether the running mean and variance of batch norm are updated (section 3.3).
         shift_epochs, shift_sampler: as in :class:`Adjustment`: what moves them before the classifier is learned.
+        shift_average: as in :class:`Adjustment`, of either.
         mixup: as in :class:`Stage1`.
         draw: another draw of batches and initial weights than the seed's, 1 or more, on the same Stage-1.
     """
@@ -149,6 +151,7 @@ class Stage2(Sgd):
     mixup: float | None = None
     draw: int | None = None
     classifier: str | None = None
+    shift_average: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,12 +166,15 @@ class Adjustment:
             chosen on the images that Stage-1 held out. Other rules have none.
         shift_epochs: epochs of class-balanced batches that first move batch norm's running statistics (section 3.3).
         shift_sampler: name in :data:`mislas.samplers.SAMPLERS`, in place of class-balanced batches.
+        shift_average: ``"cumulative"``: every batch of the shift counts alike, as in equations (5) and (6). None is
+            PyTorch's moving average, as in the authors' code, in which the last ten or twenty batches count.
     """
 
     rule: str
     value: float | None = None
     shift_epochs: int | None = None
     shift_sampler: str | None = None
+    shift_average: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,10 +356,12 @@ class RunConfig:
         if self.stage2 is None:
             return self.id
         if isinstance(self.stage2, Adjustment):
-            return f"{self.stage1_only.id}:adjust,{self.stage2.shift_epochs},{self.stage2.shift_sampler}"
+            keys = ("shift_epochs", "shift_sampler", "shift_average")
+            return f"{self.stage1_only.id}:adjust," + ",".join(str(getattr(self.stage2, key)) for key in keys)
         if not isinstance(self.stage2, Stage2):
             return self.id
-        keys = ("epochs", "batch_size", "sampler", "shift_bn", "shift_epochs", "shift_sampler", "mixup", "draw")
+        keys = ("epochs", "batch_size", "sampler", "mixup", "draw")
+        keys += ("shift_bn", "shift_epochs", "shift_sampler", "shift_average")
         return f"{self.stage1_only.id}:" + ",".join(str(getattr(self.stage2, key)) for key in keys)
 
     def to_json(self) -> dict[str, Any]:
@@ -477,6 +485,8 @@ def _change(stage: Stage, new: dict[str, Any]) -> Stage:
             after |= {"remix_kappa": None, "remix_tau": None}
     if isinstance(stage, Memory) and after["backbone_lr"] is None and "attention" not in new:
         after["attention"] = False
+    if isinstance(stage, Stage2 | Adjustment) and not (after.get("shift_bn") or after["shift_epochs"]):
+        after["shift_average"] = None
     if isinstance(stage, Adjustment) and getattr(RULES.get(after["rule"]), "choose", True) is None:
         after["value"] = None
     if isinstance(stage, Stage1 | Stage2):
@@ -645,6 +655,11 @@ def _check_shift(stage: Stage2 | Adjustment) -> None:
             unknown("stage2.shift_sampler", stage.shift_sampler, SAMPLERS)
         if stage.shift_epochs is None:
             raise MislasError("stage2.shift_sampler says which images shift batch norm: set stage2.shift_epochs, too")
+    if stage.shift_average is not None:
+        if stage.shift_average not in AVERAGES:
+            unknown("stage2.shift_average", stage.shift_average, AVERAGES)
+        if stage.shift_epochs is None and not getattr(stage, "shift_bn", False):
+            raise MislasError("stage2.shift_average is of shifted batch norm: set stage2.shift_bn, or shift_epochs")
 
 
 def _check_few_shot(stage: FewShot) -> None:

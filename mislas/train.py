@@ -344,10 +344,16 @@ def train_stage2(
         shift_statistics(configs, network, features_of, data, options)
     shifting = time.monotonic() - started
 
+    cumulative = first.stage2.shift_bn and first.stage2.shift_average is not None
+    steps = math.ceil(len(data.train_targets) / first.stage2.batch_size)
+
     def on_frozen_features(epoch: int) -> Iterator[list[Tensor]]:
+        average = CumulativeStatistics(network, epoch * steps) if cumulative else None
         for batch in batches.epoch(epoch):
             with torch.no_grad():
                 features = features_of(batch)
+                if average is not None:
+                    average.update()
             yield [objective(head(features), batch, epoch) for head, objective in zip(heads, objectives, strict=True)]
 
     return alone(_loop(
@@ -402,6 +408,29 @@ def train_batch_norm(network: nn.Module) -> None:
         layer.train()
 
 
+class CumulativeStatistics:
+    """Batch norm's running statistics as their mean over all batches so far, each of which counts alike: closer to
+    equations (5) and (6) than a moving average. :meth:`update` follows each batch.
+
+    Args:
+        network: whose batch norm trains; its momentum is set.
+        batches: how many are in its running statistics already; without any, they do not count.
+    """
+
+    def __init__(self, network: nn.Module, batches: int = 0):
+        layers = batch_norms(network)
+        for layer in layers:
+            layer.momentum = 1.0  # a batch leaves its own statistics
+        self.running = [statistic for layer in layers for statistic in (layer.running_mean, layer.running_var)]
+        self.mean = [statistic.clone() for statistic in self.running]
+        self.batches = batches
+
+    def update(self) -> None:
+        self.batches += 1
+        for so_far, running in zip(self.mean, self.running, strict=True):
+            running.copy_(so_far.lerp_(running, 1 / self.batches))
+
+
 def shift_statistics(
     configs: Sequence[RunConfig],
     network: nn.Module,
@@ -425,10 +454,13 @@ def shift_statistics(
     plain = config.override({"stage1.mixup": None}).stage1
     batches = batches_of(data, plain, "shift", config.stage2_seed, options)
     train_batch_norm(network)
+    average = CumulativeStatistics(network) if config.stage2.shift_average is not None else None
     with torch.no_grad(), progress_bar(configs, "shift", epochs * len(data.train_targets), options) as bar:
         for epoch in range(epochs):
             for batch in batches.epoch(epoch, config.stage2.shift_sampler or "class_balanced"):
                 features_of(batch)
+                if average is not None:
+                    average.update()
                 bar.update(len(batch.targets))
     network.eval()
 

@@ -59,6 +59,7 @@ OTHER = {
     "stage2.sampler": "class_cyclic",
     "stage2.mixup": 0.2,
     "stage2.draw": 1,
+    "stage2.shift_average": "cumulative",
     "stage2.eps_1": 0.5,
     "stage2.eps_k": 0.1,
 }
@@ -384,6 +385,7 @@ def test_a_run_says_what_it_trains_on():
         ("ncm+shift", {"shift_epochs": 0}, "stage2.shift_epochs must be at least 1"),
         ("ncm+shift", {"shift_sampler": "balanced"}, "unknown stage2.shift_sampler 'balanced'"),
         ("ncm", {"shift_sampler": "reverse"}, "set stage2.shift_epochs, too"),
+        ("ncm+shift", {"shift_average": "plain"}, "unknown stage2.shift_average 'plain'. Known: cumulative"),
     ],
 )
 def test_settings_of_other_methods_are_checked_too(method, changes, message):
@@ -450,6 +452,17 @@ def test_a_stage2_that_learns_nothing_is_refused():
     for nothing in ({"learn_scale": False}, {"a": 0}):
         with pytest.raises(MislasError, match="learns nothing"):
             replace(configure("digits", "ce"), stage2=Stage2(**stage2 | nothing))
+
+
+def test_how_a_shift_averages_is_off_where_nothing_shifts():
+    changes = {"shift_average": "cumulative"}
+    for method in ("lws", "ncm"):
+        plain = configure("digits", method)
+        assert plain.override(changes) == plain
+        assert plain.override(changes | {"shift_epochs": 1}).stage2.shift_average == "cumulative"
+        with pytest.raises(MislasError, match="shift_average is of shifted batch norm: set"):
+            replace(plain, stage2=replace(plain.stage2, **changes))
+    assert MISLAS.override(changes).shared_pass != MISLAS.shared_pass
 
 
 def test_a_classifier_of_your_own_takes_the_place_of_equation_4(monkeypatch):

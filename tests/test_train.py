@@ -583,6 +583,31 @@ def test_shifted_statistics_are_the_exponential_average_over_batches(digits, opt
     np.testing.assert_allclose(network.bn.running_var, var, rtol=1e-4)
 
 
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_statistics_of_a_cumulative_shift_are_means_over_its_batches(digits, options, stage1, tmp_path, killed, when):
+    """Also of a run that was stopped and resumed."""
+    shift = {"shift_bn": False, "shift_epochs": 2} if when == "before" else {"stage2.epochs": 2}
+    config = digits_config("mislas", shift_average="cumulative", **shift)
+    network = copy.deepcopy(stage1[0])
+    seen = []
+    network.bn.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].double().numpy()) if module.training else None
+    )
+    whole = train_stage2([config], (network, stage1[1]), digits, options)
+    assert len(seen) == 2 * -(-len(digits.train_targets) // 32)
+    mean = np.mean([x.mean(axis=(0, 2, 3)) for x in seen], axis=0)
+    var = np.mean([x.var(axis=(0, 2, 3), ddof=1) for x in seen], axis=0)
+    np.testing.assert_allclose(network.bn.running_mean, mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(network.bn.running_var, var, rtol=1e-4)
+
+    path = tmp_path / "run.ckpt"
+    with killed(len(seen) // 2 + 1):
+        train_stage2([config], copy.deepcopy(stage1), digits, replace(options, checkpoint_every=0), path)
+    resumed = train_stage2([config], stage1, digits, options, path)
+    assert_equal(whole.backbone.state_dict(), resumed.backbone.state_dict())
+    assert_equal(whole.heads[0].state_dict(), resumed.heads[0].state_dict())
+
+
 def test_heads_trained_together_are_those_trained_alone(digits, options, trained):
     configs = [digits_config(method, **{"stage2.epochs": 2}) for method in ("crt", "lws", "lws+las")]
     together = train_stage2(configs, copy.deepcopy(trained), digits, options)

@@ -21,6 +21,7 @@ from .methods import METHODS, configure, settings_of
 from .models import RESNETS
 from .runs import Store, plan, run
 from .study import (
+    AVERAGED,
     BRIEF,
     FORMS,
     GRID,
@@ -96,7 +97,7 @@ def wanted(
         first = imbalances[0]
         configs += [one(method, imbalance, seed) for imbalance in imbalances for method in TABLE_3]
         for imbalance in imbalances:
-            variants = [*GRID, *FORMS, *authors_variants(dataset, imbalance).values()]
+            variants = [*GRID, *FORMS, *AVERAGED.values(), *authors_variants(dataset, imbalance).values()]
             configs += [one("mislas", imbalance, seed, changes) for changes in variants]
             for rows in LEARNED.values():
                 configs += [one(method, imbalance, seed, changes) for method, changes in _runs(rows)]
@@ -105,7 +106,9 @@ def wanted(
         others = [m for m in OTHERS if own in RESNETS or "second_sampler" not in METHODS[m].stage1]
         configs += [one(method, imbalance, seed) for method in others for imbalance in imbalances]
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
-        configs += [one(method, first, seed, own | new) for method, own in REDRAWN_RUNS for new in REDRAWN.values()]
+        configs += [
+            one(method, first, seed, own | new) for method, own in REDRAWN_RUNS.values() for new in REDRAWN.values()
+        ]
         held_out = [asked for rows in UNSEEN.values() for asked in rows.values()]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) == 1:
             held_out = []

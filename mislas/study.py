@@ -67,9 +67,17 @@ STATISTICS = ("Stage-1's", "plain images, as they come", "plain images, balanced
 BALANCED = {"shift_epochs": 1}  # a running average has forgotten what it was after an epoch
 DRAWN = BALANCED | {"shift_sampler": "instance_balanced"}
 NO_SMOOTHING = {"eps_1": 0.0, "eps_k": 0.0}
+#: How batch norm's running statistics average over the batches of a shift.
+AVERAGED = {"moving": {}, "cumulative": {"shift_average": "cumulative"}}
 #: Stage-2 drawn anew on the same Stage-1, by title; and the runs for which it is, each a method and its changes.
 REDRAWN = {"the seed's draw": {}} | {f"draw {draw}": {"stage2.draw": draw} for draw in (1, 2)}
-REDRAWN_RUNS = (("crt+mixup", {}), ("lws+mixup", {}), ("mislas", {}), ("mislas", {"shift_bn": False}))
+REDRAWN_RUNS = {
+    "cRT+mixup": ("crt+mixup", {}),
+    "LWS+mixup": ("lws+mixup", {}),
+    "MiSLAS": ("mislas", {}),
+    "MiSLAS, cumulative": ("mislas", AVERAGED["cumulative"]),
+    "MiSLAS without SL": ("mislas", {"shift_bn": False}),
+}
 
 
 Rows = dict[str, list[tuple[str, dict[str, Any]]]]

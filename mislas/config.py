@@ -355,14 +355,13 @@ class RunConfig:
         """Equal for runs whose Stage-2 sees the same features: they train together on one backbone pass."""
         if self.stage2 is None:
             return self.id
-        if isinstance(self.stage2, Adjustment):
-            keys = ("shift_epochs", "shift_sampler", "shift_average")
-            return f"{self.stage1_only.id}:adjust," + ",".join(str(getattr(self.stage2, key)) for key in keys)
-        if not isinstance(self.stage2, Stage2):
+        if not isinstance(self.stage2, Stage2 | Adjustment):
             return self.id
-        keys = ("epochs", "batch_size", "sampler", "mixup", "draw")
-        keys += ("shift_bn", "shift_epochs", "shift_sampler", "shift_average")
-        return f"{self.stage1_only.id}:" + ",".join(str(getattr(self.stage2, key)) for key in keys)
+        keys = ("shift_epochs", "shift_sampler", "shift_average")
+        if isinstance(self.stage2, Stage2):
+            keys += ("epochs", "batch_size", "sampler", "mixup", "draw", "shift_bn")
+        kind = type(self.stage2).__name__
+        return f"{self.stage1_only.id}:{kind}," + ",".join(str(getattr(self.stage2, key)) for key in keys)
 
     def to_json(self) -> dict[str, Any]:
         return {"method": self.method, **self.canonical()}
@@ -621,11 +620,10 @@ def _check_stage1(stage: Stage1) -> None:
 
 
 def _check_stage2(stage: Stage2) -> None:
-    equation_4 = (stage.a, stage.learn_scale, stage.delta)
     if stage.classifier is not None:
         if stage.classifier not in CLASSIFIERS:
             unknown("stage2.classifier", stage.classifier, CLASSIFIERS)
-        if equation_4 != (None, None, None):
+        if (stage.a, stage.learn_scale, stage.delta) != (None, None, None):
             raise MislasError("stage2.a, learn_scale and delta are equation (4)'s: leave them out beside classifier")
     else:
         if stage.a not in (0, 1):

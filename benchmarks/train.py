@@ -106,7 +106,7 @@ def together(n: int, data: Dataset, options: Options) -> Callable[[], float]:
     configs = [configure("cifar10", "ce", 1, seed, {"epochs": 3, "backbone": BACKBONE}) for seed in range(n)]
 
     def train(mark: Callable) -> None:
-        list(train_together([stage1_run(config, data, options, evaluate=mark) for config in configs]))
+        list(train_together([stage1_run(config, data, options, evaluate=mark) for config in configs], options))
 
     return second_epoch(train, options.torch_device(), n)
 

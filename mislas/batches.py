@@ -47,6 +47,22 @@ def seeded(generator: torch.Generator) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def own_randomness(device: torch.device) -> Iterator[None]:
+    """Within it :func:`seed_modules` may be called: after it PyTorch's own generators are as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def seed_modules(device: torch.device, seed: int) -> None:
+    """Start what modules draw while they train, such as dropout's masks: PyTorch's own generators, the host's and the
+    device's. (``torch.manual_seed`` does the same for all devices, and is too slow for every step.)"""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 def draw_batches(
     rng: np.random.Generator,
     targets: np.ndarray,

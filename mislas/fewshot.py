@@ -199,5 +199,5 @@ def train_few_shot(
     trained = alone(_loop(
         [config], "stage2", network, [head], [[{"params": list(head.parameters()), "lr": stage.lr}]], episodes,
         data, options, checkpoint, evaluate, mode=nn.Module.eval,
-    ))  # fmt: skip
+    ), options)  # fmt: skip
     return replace(trained, heads=[head.classifier()])

@@ -179,4 +179,4 @@ def train_memory(
     return alone(_loop(
         [config], "stage2", network, [head], [groups], steps, data, options, checkpoint, evaluate,
         mode=nn.Module.train if trains else nn.Module.eval,
-    ))  # fmt: skip
+    ), options)  # fmt: skip

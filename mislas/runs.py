@@ -489,7 +489,7 @@ def _run_together(configs: list[RunConfig], datasets: dict[str, LongTailed], sto
         stage1_run(config, data, options, store.checkpoint([config]), _along_the_way(data, test), together=len(configs))
         for config, data, test in parts
     ]
-    for which, trained in train_together(runs):
+    for which, trained in train_together(runs, options):
         config, data, test = parts[which]
         finish([config], trained, data, test, store, options)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from .batches import own_randomness
 from .config import RunConfig
 from .data import LISTS, spec_of
 from .errors import MislasError
@@ -57,8 +58,8 @@ def side_by_side(groups: Sequence[list[RunConfig]], together: int) -> list[list[
     return ordered
 
 
-def train_together(runs: Sequence[Run]) -> Iterator[tuple[int, Trained]]:
-    """Train runs (see :func:`mislas.train.stage1_run`) in step with each other.
+def train_together(runs: Sequence[Run], options: Options) -> Iterator[tuple[int, Trained]]:
+    """Train runs (see :func:`mislas.train.stage1_run`) in step with each other, on the device of their options.
 
     Yields:
         As each ends, its place in ``runs`` and what it left.
@@ -67,21 +68,22 @@ def train_together(runs: Sequence[Run]) -> Iterator[tuple[int, Trained]]:
         OutOfTime: runs were stopped by their deadline; it is raised once all have stopped or ended.
     """
     live, stopped = dict(enumerate(runs)), None
-    while live:
-        asked = []
-        for which, run in list(live.items()):
-            try:
-                asked.append(next(run))
-            except StopIteration as end:
-                del live[which]
-                yield which, end.value
-            except OutOfTime as error:
-                del live[which]
-                stopped = error
-        compute([one for one in asked if isinstance(one, Forward)])
-        losses = [one for one in asked if isinstance(one, Tensor)]
-        if losses:
-            torch.autograd.backward(losses)  # runs share no parameter: each gets its own gradient alone
+    with own_randomness(options.torch_device()):
+        while live:
+            asked = []
+            for which, run in list(live.items()):
+                try:
+                    asked.append(next(run))
+                except StopIteration as end:
+                    del live[which]
+                    yield which, end.value
+                except OutOfTime as error:
+                    del live[which]
+                    stopped = error
+            compute([one for one in asked if isinstance(one, Forward)])
+            losses = [one for one in asked if isinstance(one, Tensor)]
+            if losses:
+                torch.autograd.backward(losses)  # runs share no parameter: each gets its own gradient alone
     if stopped is not None:
         raise stopped
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import distributed
-from .batches import Batch, batches_of, seeded, torch_rng, training_part
+from .batches import Batch, batches_of, own_randomness, seed_modules, seeded, torch_rng, training_part
 from .config import SCHEDULES, RunConfig, Stage1, Stage2
 from .data import LongTailed, write_atomically
 from .errors import Diverged, MislasError, RecordError
@@ -194,17 +194,18 @@ class Forward:
 Run = Generator[Forward | Tensor, None, Trained]
 
 
-def alone(run: Run) -> Trained:
+def alone(run: Run, options: Options) -> Trained:
     """Train one run to its end. (:func:`mislas.together.train_together` is for several.)"""
-    while True:
-        try:
-            asked = next(run)
-        except StopIteration as end:
-            return end.value
-        if isinstance(asked, Forward):
-            asked.compute()
-        else:
-            asked.backward()
+    with own_randomness(options.torch_device()):
+        while True:
+            try:
+                asked = next(run)
+            except StopIteration as end:
+                return end.value
+            if isinstance(asked, Forward):
+                asked.compute()
+            else:
+                asked.backward()
 
 
 def train_stage1(
@@ -227,7 +228,7 @@ def train_stage1(
     Args:
         experts: with distillation, the trained models of :attr:`RunConfig.experts`, in order.
     """
-    return alone(stage1_run(config, data, options, checkpoint, evaluate, weights, experts))
+    return alone(stage1_run(config, data, options, checkpoint, evaluate, weights, experts), options)
 
 
 def stage1_run(
@@ -349,18 +350,23 @@ def train_stage2(
 
     def on_frozen_features(epoch: int) -> Iterator[list[Tensor]]:
         average = CumulativeStatistics(network, epoch * steps) if cumulative else None
-        for batch in batches.epoch(epoch):
+        seed = torch_rng(first.stage2_seed, "stage2 heads", epoch).initial_seed()
+        for step, batch in enumerate(batches.epoch(epoch)):
             with torch.no_grad():
                 features = features_of(batch)
                 if average is not None:
                     average.update()
-            yield [objective(head(features), batch, epoch) for head, objective in zip(heads, objectives, strict=True)]
+            losses = []
+            for head, objective in zip(heads, objectives, strict=True):
+                seed_modules(device, seed + step)  # each draws what it would alone
+                losses.append(objective(head(features), batch, epoch))
+            yield losses
 
     return alone(_loop(
         list(configs), "stage2", network, heads, groups, on_frozen_features,
         data, options, checkpoint, evaluate,
         mode=train_batch_norm if first.stage2.shift_bn else nn.Module.eval, seconds=shifting,
-    ))  # fmt: skip
+    ), options)  # fmt: skip
 
 
 def stage2_classifier(
@@ -378,9 +384,10 @@ def stage2_classifier(
             that learns nothing.
     """
     if stage.classifier is None:
-        head = GeneralisedClassifier(
-            stage1, a=stage.a, learn_scale=stage.learn_scale, delta=stage.delta, generator=generator
-        )
+        with seeded(generator):
+            head = GeneralisedClassifier(
+                stage1, a=stage.a, learn_scale=stage.learn_scale, delta=stage.delta, generator=generator
+            )
         return head, head.parameter_groups(stage.lr, stage.delta_lr or 1.0)
     frozen = copy.deepcopy(stage1).cpu().requires_grad_(False)
     with seeded(generator):
@@ -537,6 +544,7 @@ def _loop(
     """
     stages = [getattr(config, stage_name) for config in configs]
     stage, device = stages[0], options.torch_device()
+    seed = configs[0].seed if stage_name == "stage1" else configs[0].stage2_seed
     optimizers = [
         torch.optim.SGD(group, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, fused=True)
         for group, s in zip(groups, stages, strict=True)
@@ -563,6 +571,7 @@ def _loop(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
             totals, left = torch.zeros(len(heads), device=device), images
+            seed_modules(device, torch_rng(seed, f"{stage_name} modules", epoch, distributed.rank()).initial_seed())
             for losses in steps(epoch):
                 if isinstance(losses, Forward):  # first the features on which the losses will be
                     yield losses

@@ -41,7 +41,7 @@ def datasets():
 def start(configs, datasets, folder, options=OPTIONS):
     """Train together, with checkpoints by the runs' identities."""
     runs = [stage1_run(c, datasets[c.imbalance], options, folder / c.id, together=len(configs)) for c in configs]
-    return dict(train_together(runs))
+    return dict(train_together(runs, options))
 
 
 @pytest.fixture(scope="module")

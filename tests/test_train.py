@@ -25,7 +25,7 @@ from mislas.evaluate import predict
 from mislas.losses import LOSSES, LossSpec, cross_entropy, effective_number_weights
 from mislas.methods import ONE_STAGE, configure
 from mislas.metric import METRICS
-from mislas.models import CLASSIFIERS, backbone, init_kaiming, stage1_model
+from mislas.models import BACKBONES, CLASSIFIERS, backbone, init_kaiming, stage1_model
 from mislas.train import (
     Objective,
     Options,
@@ -128,7 +128,11 @@ def test_the_seed_is_in_all_that_is_drawn(digits, options, stage1, monkeypatch):
     train_stage1(replace(digits_config("ce", epochs=1), seed=3), digits, options)
     train_stage2([replace(digits_config("crt"), seed=3)], stage1, digits, options)
     assert {(seed, purpose) for seed, purpose, *_ in seen} == {
-        (3, purpose) for purpose in ("init", "stage1", "stage2 head", "stage2")
+        (3, purpose)
+        for purpose in (
+            *("init", "stage1", "stage1 modules"),
+            *("stage2 head", "stage2", "stage2 modules", "stage2 heads"),
+        )
     }
 
 
@@ -645,6 +649,84 @@ def test_heads_trained_together_under_shift_are_those_trained_alone(digits, opti
 def test_runs_that_see_other_features_do_not_train_together(digits, options, stage1):
     with pytest.raises(MislasError, match="must share Stage-1"):
         train_stage2([digits_config("lws"), digits_config("mislas")], stage1, digits, options)
+
+
+# ------------------------------------------------------------------------------------ what modules of one's own draw
+
+
+class Forgetful(nn.Sequential):
+    """A network with dropout, which draws its masks from PyTorch's own generator."""
+
+    num_features = 24
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 24, 3, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5))
+
+
+def forgetful_classifier(classifier, class_counts):
+    return nn.Sequential(nn.Dropout(0.5), nn.Linear(classifier.in_features, len(class_counts)))
+
+
+@pytest.fixture
+def own_modules(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "forgetful", Forgetful)
+    monkeypatch.setitem(CLASSIFIERS, "forgetful", forgetful_classifier)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_run_whose_modules_draw_repeats_and_resumes_to_the_bit(
+    own_modules, digits, options, trained, tmp_path, killed, stage
+):
+    config = digits_config("ce", backbone="forgetful", epochs=2)
+    if stage == "stage2":
+        config = digits_config("crt", **{"stage2.classifier": "forgetful", "stage2.epochs": 2})
+
+    def train(options=options, checkpoint=None):
+        if stage == "stage1":
+            return train_stage1(config, digits, options, checkpoint)
+        return train_stage2([config], copy.deepcopy(trained), digits, options, checkpoint)
+
+    def weights(run):
+        return [run.heads[0].state_dict(), run.backbone.state_dict()]
+
+    first = weights(train())
+    torch.manual_seed(7)  # whatever drew before
+    assert_equal(weights(train()), first)
+    path, per_epoch = tmp_path / "run.ckpt", -(-len(digits.train_targets) // 32)
+    with killed(per_epoch + 3):
+        train(replace(options, checkpoint_every=0), path)
+    assert path.exists()
+    assert_equal(weights(train(checkpoint=path)), first)
+    assert first[0].keys() != {"weight", "bias"} or stage == "stage1"
+
+
+def test_masks_differ_between_epochs_and_steps(own_modules, digits, options, monkeypatch):
+    masks = []
+    monkeypatch.setattr(
+        nn.Dropout, "forward", lambda self, x: masks.append(F.dropout(torch.ones(8), 0.5, self.training)) or x
+    )
+    train_stage1(digits_config("ce", backbone="forgetful", epochs=3), digits, options)
+    assert len(masks) > 6
+    assert len(set(map(tuple, torch.stack(masks).tolist()))) > len(masks) / 2
+
+
+def test_heads_that_draw_are_trained_together_as_alone(own_modules, digits, options, trained):
+    own = {"stage2.classifier": "forgetful", "stage2.epochs": 2}
+    configs = [digits_config("crt", **own), digits_config("lws"), digits_config("crt", **own | {"stage2.lr": 0.05})]
+    configs[1] = configs[1].override({"stage2.epochs": 2, "stage2.sampler": configs[0].stage2.sampler})
+    together = train_stage2(configs, copy.deepcopy(trained), digits, options)
+    for head, config in zip(together.heads, configs, strict=True):
+        alone = train_stage2([config], copy.deepcopy(trained), digits, options)
+        assert_equal(head.state_dict(), alone.heads[0].state_dict())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_training_leaves_the_caller_its_random_numbers(digits, options, trained, stage):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    train(stage, digits, options, trained)
+    assert torch.equal(torch.rand(4), expected)
 
 
 # ------------------------------------------------------------------------------------------- checkpoints and resuming

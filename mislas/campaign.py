@@ -27,7 +27,6 @@ from .study import (
     GRID,
     LEARNED,
     REDRAWN,
-    REDRAWN_RUNS,
     SHORT,
     UNSEEN,
     Rows,
@@ -106,9 +105,8 @@ def wanted(
         others = [m for m in OTHERS if own in RESNETS or "second_sampler" not in METHODS[m].stage1]
         configs += [one(method, imbalance, seed) for method in others for imbalance in imbalances]
         configs += [one("mislas", first, seed, changes) for changes in WEIGHT_DECAY.values()]
-        configs += [
-            one(method, first, seed, own | new) for method, own in REDRAWN_RUNS.values() for new in REDRAWN.values()
-        ]
+        redrawn = [asked for draws in REDRAWN.values() for asked in draws]
+        configs += [one(method, imbalance, seed, changes) for imbalance in imbalances for method, changes in redrawn]
         held_out = [asked for rows in UNSEEN.values() for asked in rows.values()]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) == 1:
             held_out = []

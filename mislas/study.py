@@ -69,16 +69,18 @@ DRAWN = BALANCED | {"shift_sampler": "instance_balanced"}
 NO_SMOOTHING = {"eps_1": 0.0, "eps_k": 0.0}
 #: How batch norm's running statistics average over the batches of a shift.
 AVERAGED = {"moving": {}, "cumulative": {"shift_average": "cumulative"}}
-#: Stage-2 drawn anew on the same Stage-1, by title; and the runs for which it is, each a method and its changes.
-REDRAWN = {"the seed's draw": {}} | {f"draw {draw}": {"stage2.draw": draw} for draw in (1, 2)}
-REDRAWN_RUNS = {
-    "cRT+mixup": ("crt+mixup", {}),
-    "LWS+mixup": ("lws+mixup", {}),
-    "MiSLAS": ("mislas", {}),
-    "MiSLAS, cumulative": ("mislas", AVERAGED["cumulative"]),
-    "MiSLAS without SL": ("mislas", {"shift_bn": False}),
+#: Runs whose Stage-2 is drawn anew on the same Stage-1, by title: for each its draws, the seed's own first, as (method,
+#: changes).
+REDRAWN = {
+    title: [(method, changes)] + [(method, changes | {"stage2.draw": draw}) for draw in (1, 2)]
+    for title, method, changes in (
+        ("cRT+mixup", "crt+mixup", {}),
+        ("LWS+mixup", "lws+mixup", {}),
+        ("MiSLAS", "mislas", {}),
+        ("MiSLAS, cumulative", "mislas", AVERAGED["cumulative"]),
+        ("MiSLAS without SL", "mislas", {"shift_bn": False}),
+    )
 }
-
 
 Rows = dict[str, list[tuple[str, dict[str, Any]]]]
 

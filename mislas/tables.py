@@ -36,7 +36,7 @@ from .data import groups
 from .errors import unknown
 from .methods import METHODS, configure
 from .runs import Record
-from .study import ALL_OF_THEIRS, Asked, Rows, Study, authors_variants
+from .study import ALL_OF_THEIRS, REDRAWN, Asked, Rows, Study, authors_variants
 
 
 def compare(
@@ -510,14 +510,39 @@ def measures(
     for i, name in enumerate(methods):
         cells = []
         for key, (_, scale, digits, *_) in columns.items():
-            values = found[key][i]
-            absent = not values or None in values
-            cells.append(DASH if absent else f"{scale * statistics.mean(values):.{digits}f}")
+            cells.append(_mean(found[key][i], scale, digits))
         rows[name] = cells
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[head for head, *_ in columns.values()])
     factor = "" if imbalance is None else f", IF {imbalance:g}"
     units = " NLL in nats, Brier from 0 to 2, the others in %." if "nll" in columns else " In %."
     caption = f"Accuracy and calibration, {title or study.title(dataset)}{factor}.{units * bool(shown)}"
+    return table_of(study, frame, caption, missing_notes(study, dataset, asked, measured), shown)
+
+
+def _mean(values: Sequence[float | None], scale: float, digits: int) -> str:
+    """Mean over seeds; a dash where there is none, or a group without classes."""
+    return DASH if not values or None in values else f"{scale * statistics.mean(values):.{digits}f}"
+
+
+def redrawn(study: Study, dataset: str, imbalance: float = 100) -> Table:
+    """Measures of each draw of Stage-2 on the same Stage-1 (:data:`mislas.study.REDRAWN`), mean over seeds."""
+    asked = [(method, imbalance, changes) for draws in REDRAWN.values() for method, changes in draws]
+    measured = study.side_by_side(dataset, asked)
+    shown = [record for records in measured for record in records]
+    keys = ("accuracy", "accuracy_medium", "ece", "mce", "nll")
+    keys = [key for key in keys if any(record.metrics[key] is not None for record in shown)]
+    rows, left = {}, iter(measured)
+    for title, draws in REDRAWN.items():
+        found = [next(left) for _ in draws]
+        rows[title] = [
+            " / ".join(_mean([record.metrics[key] for record in records], *MEASURES[key][1:]) for records in found)
+            for key in keys
+        ]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=[MEASURES[key][0] for key in keys])
+    caption = (
+        f"Three draws of Stage-2 on one Stage-1, the seed's own first, {study.title(dataset)}, IF {imbalance:g}. "
+        "NLL in nats, the others in %."
+    )
     return table_of(study, frame, caption, missing_notes(study, dataset, asked, measured), shown)
 
 

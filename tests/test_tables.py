@@ -19,6 +19,7 @@ from mislas.tables import (
     distance,
     learned_on,
     measures,
+    redrawn,
     selection,
     shift_remarks,
     shift_sizes,
@@ -225,6 +226,25 @@ def test_rows_of_measures_may_have_changes_and_titles_of_their_own(made_up):
     table = measures(Study(results_root=made_up.root), "cifar10", rows, columns={"accuracy": ("accuracy", 100, 1)})
     assert table.frame["accuracy"].to_dict() == {"shifted": "50.0", "left alone": "100.0", "smoother": "–"}
     assert "--set eps_1=0.5" in table.notes[0]
+
+
+def test_redrawn_has_every_draw_in_order_with_the_seeds_own_first(made_up):
+    found = {}
+    for draw, right in ((0, (1, 0)), (1, (1, 1)), (2, (0, 0))):
+        changes = {"stage2.draw": draw} if draw else {}
+        record = made_up("cifar10", "mislas", right=right, changes=changes)
+        record.metrics.update(mce=0.1 * draw, accuracy_medium=None)
+        found["mislas", str(changes)] = [record]
+    study = Study(results_root=made_up.root)
+    study.side_by_side = lambda dataset, asked: [found.get((m, str(changes)), []) for m, _, changes in asked]
+    table = redrawn(study, "cifar10", 50)
+    assert table.frame.columns.tolist() == ["accuracy", "ECE", "MCE", "NLL"]
+    assert table.frame.loc["MiSLAS"].tolist() == [
+        *("50.0 / 100.0 / 0.0", "10.0 / 10.0 / 10.0", "0.0 / 10.0 / 20.0", "1.000 / 1.000 / 1.000")
+    ]
+    assert set(table.frame.loc["cRT+mixup"]) == {"– / – / –"}
+    assert "IF 50" in table.caption
+    assert "campaign" in table.notes[0]
 
 
 def test_learned_on_has_a_cell_for_each_run_and_names_what_is_missing(made_up):

@@ -306,6 +306,51 @@ def by_group(record: Record) -> dict[str, np.ndarray | None]:
     return {name: predictions.true_probability[mask] if mask.any() else None for name, mask in inside.items()}
 
 
+def over_confidence(
+    study: Study,
+    dataset: str,
+    methods: Sequence[str] | dict[str, tuple[str, dict[str, Any]]],
+    imbalance: float = 100,
+    title: str | None = None,
+) -> Table:
+    """Mean confidence minus accuracy, in points, for the largest class and for each group of classes: over the images
+    that are of it, and over those that are taken for it. Mean over seeds. Only the second says how far a prediction may
+    be believed: a model knows what it predicts, and not the true class.
+
+    Args:
+        methods: as :func:`measures` takes them.
+    """
+    methods = _rows(methods)
+    asked = [(method, imbalance, own) for method, own in methods.values()]
+    measured = study.side_by_side(dataset, asked)
+    shown = [record for records in measured for record in records]
+    gaps = [[gaps_by_group(record) for record in records] for records in measured]
+    known = [
+        key for key in (gaps_by_group(shown[0]) if shown else ()) if any(g[key] is not None for r in gaps for g in r)
+    ]
+    cells = {key: [_mean([gap[key] for gap in found], 100, 1) for found in gaps] for key in known}
+    frame = pd.DataFrame(cells, index=list(methods))
+    caption = (
+        f"Mean confidence minus accuracy (points), {title or study.title(dataset)}, IF {imbalance:g}: over the images "
+        "of a group of classes, and over the predictions of one. A dash: nothing to take it over."
+    )
+    return table_of(study, frame, caption, missing_notes(study, dataset, asked, measured), shown)
+
+
+def gaps_by_group(record: Record) -> dict[tuple[str, str], float | None]:
+    """A run's mean confidence minus its accuracy over some test images: those of a group of classes, by their true
+    class and by the predicted one. None for no images."""
+    predictions, counts = record.predictions(), record.arrays()["class_counts"]
+    named = {"largest": [int(counts.argmax())]} | groups(counts.tolist())
+    found = {}
+    for head, classes in (("by true class", predictions.target), ("by predicted class", predictions.predicted)):
+        for name, members in named.items():
+            mask = np.isin(classes, members)
+            gap = predictions.confidence[mask] - predictions.correct[mask]
+            found[head, name] = float(gap.mean()) if mask.any() else None
+    return found
+
+
 PLACES = {"first": "first BN", "last": "last BN"}
 
 
@@ -489,8 +534,7 @@ def measures(
     Raises:
         UnknownName: a column that is neither among the metrics nor has a function.
     """
-    if not isinstance(methods, dict):
-        methods = {name: (method, {}) for name, method in zip(row_titles(methods), methods, strict=True)}
+    methods = _rows(methods)
     for key, (*_, last) in columns.items():
         if not callable(last) and key not in MEASURES | BY_GROUP:
             unknown("measure", key, MEASURES | BY_GROUP)
@@ -517,6 +561,15 @@ def measures(
     units = " NLL in nats, Brier from 0 to 2, the others in %." if "nll" in columns else " In %."
     caption = f"Accuracy and calibration, {title or study.title(dataset)}{factor}.{units * bool(shown)}"
     return table_of(study, frame, caption, missing_notes(study, dataset, asked, measured), shown)
+
+
+def _rows(
+    methods: Sequence[str] | dict[str, tuple[str, dict[str, Any]]],
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """By the row's title, a method and what the row changes of it."""
+    if isinstance(methods, dict):
+        return methods
+    return {name: (method, {}) for name, method in zip(row_titles(methods), methods, strict=True)}
 
 
 def _mean(values: Sequence[float | None], scale: float, digits: int) -> str:

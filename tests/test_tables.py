@@ -17,8 +17,10 @@ from mislas.tables import (
     by_group,
     copies,
     distance,
+    gaps_by_group,
     learned_on,
     measures,
+    over_confidence,
     redrawn,
     selection,
     shift_remarks,
@@ -226,6 +228,29 @@ def test_rows_of_measures_may_have_changes_and_titles_of_their_own(made_up):
     table = measures(Study(results_root=made_up.root), "cifar10", rows, columns={"accuracy": ("accuracy", 100, 1)})
     assert table.frame["accuracy"].to_dict() == {"shifted": "50.0", "left alone": "100.0", "smoother": "–"}
     assert "--set eps_1=0.5" in table.notes[0]
+
+
+def test_over_confidence_by_true_and_by_predicted_class(made_up):
+    """Eight images of classes 0, 0, 0, 0, 8, 8, 8, 8 by hand: class 0 is the largest and one of many, 8 is medium."""
+    arrays = {
+        "target": np.repeat([0, 8], 4),
+        "predicted": np.array([0, 0, 0, 0, 0, 0, 8, 8]),
+        "confidence": np.rint(65535 * np.array([1, 1, 0.8, 0.8, 0.9, 0.9, 0.5, 0.5])),
+    }
+    made_up("cifar10", "ce", imbalance=100, right=[0] * 8, norm=arrays)
+    study = Study(results_root=made_up.root)
+    frame = over_confidence(study, "cifar10", ["ce", "mixup"]).frame
+    assert frame.loc["CE"].to_dict() == {
+        ("by true class", "largest"): "-10.0",  # 3.6 / 4 - 1
+        ("by true class", "many"): "-10.0",
+        ("by true class", "medium"): "20.0",  # 2.8 / 4 - 2 / 4
+        ("by predicted class", "largest"): "23.3",  # 5.4 / 6 - 4 / 6
+        ("by predicted class", "many"): "23.3",
+        ("by predicted class", "medium"): "-50.0",  # 0.5 - 1
+    }
+    assert set(frame.loc["mixup"]) == {"–"}
+    (record,) = study.runs("cifar10", "ce", 100, {})
+    assert gaps_by_group(record)["by predicted class", "few"] is None
 
 
 def test_redrawn_has_every_draw_in_order_with_the_seeds_own_first(made_up):

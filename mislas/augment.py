@@ -174,8 +174,11 @@ def mix(name: str, images: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, float 
     Raises:
         MislasError: what it gives has other shapes.
     """
-    mixed, partner, weight = MIXES[name](images, pairs)
-    weight = weight if isinstance(weight, Tensor) else float(weight)
+    given = MIXES[name](images, pairs)
+    if not (isinstance(given, tuple) and len(given) == 3):
+        raise MislasError(f"mix {name!r} must give a tuple of images, partners and weights, got {given!r:.80}")
+    mixed, partner, weight = given
+    weight = weight if isinstance(weight, Tensor) and weight.ndim else float(weight)
     given = [tuple(shape) for shape in (mixed.shape, partner.shape, getattr(weight, "shape", partner.shape))]
     if given != [tuple(images.shape), (len(images),), (len(images),)]:
         raise MislasError(

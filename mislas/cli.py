@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import difflib
 import io
 import itertools
@@ -14,6 +15,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,15 @@ from . import __version__, cluster, distributed
 from .archive import merge, pack
 from .batches import plain_images
 from .campaign import campaign, images_per_second, jobs, parse_budget, wanted
-from .config import RunConfig, assignment, differences, field_names, locate, takes_text
+from .config import RunConfig, assignment, check_type, field_names, locate, takes_text, value_of
 from .data import LISTS, SPECS, load
 from .errors import MislasError, RecordError
 from .evaluate import BINS, predict, summarise
 from .lists import check, load_lists
-from .methods import METHODS, SETTINGS, configure
+from .methods import METHODS, changed, configure
 from .runs import Record, Store, device_name, run
 from .study import WHICH
-from .train import Options
+from .train import Options, OutOfTime
 
 EXAMPLES = """\
 examples:
@@ -196,6 +198,7 @@ def _add_train(commands: argparse._SubParsersAction, parents: list[argparse.Argu
         epilog=_fields(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    train.add_argument("--budget", metavar="TIME", help="stop, checkpointed, before this time is over: 90s, 9m, 1.5h")
     train.add_argument("--download", action="store_true", help="fetch CIFAR-10/100 into --data-root if missing")
     train.set_defaults(call=_train)
 
@@ -296,6 +299,7 @@ def _add_merge(commands: argparse._SubParsersAction, parents: list[argparse.Argu
 def _add_list_and_show(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     listing = commands.add_parser("list", parents=parents, help="list finished runs, methods or datasets")
     listing.add_argument("what", nargs="?", choices=("runs", "methods", "datasets"), default="runs")
+    listing.add_argument("--csv", action="store_true", help="every measure of every run, as comma-separated values")
     listing.set_defaults(call=_list)
 
     show = commands.add_parser("show", parents=parents, help="everything about one finished run")
@@ -374,6 +378,11 @@ def _configs(arguments: argparse.Namespace) -> list[RunConfig]:
             if len(arguments.method) == 1 or method not in METHODS:
                 raise
             raise MislasError(f"{method}: {error}") from error
+    for key, value in overrides.items():
+        where, field = locate(key)
+        there = [config for config in configs if where != "stage2" or config.stage2]
+        if there and all(value_of(config, key) != check_type(key, value, where, field) for config in there):
+            warnings.warn(f"--set {assignment(key, value)} changes nothing in any of these runs", stacklevel=2)
     return configs
 
 
@@ -384,8 +393,14 @@ def _options(arguments: argparse.Namespace) -> Options:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    configs, options = _configs(arguments), _options(arguments)
-    _print_runs(run(configs, _store(arguments), arguments.data_root, options, arguments.download))
+    configs, options, store = _configs(arguments), _options(arguments), _store(arguments)
+    if arguments.budget:
+        options = replace(options, deadline=time.monotonic() + parse_budget(arguments.budget))
+    try:
+        _print_runs(run(configs, store, arguments.data_root, options, arguments.download))
+    except OutOfTime as error:
+        have = sum(store.get(config) is not None for config in configs)
+        print(f"{error}; {have} of {len(configs)} runs are in the store, the same command goes on")
 
 
 def _submit(arguments: argparse.Namespace) -> None:
@@ -515,21 +530,6 @@ def _eval(arguments: argparse.Namespace) -> None:
         )
 
 
-def changed(config: RunConfig) -> str:
-    """What a run has otherwise than its method's defaults, as ``--set`` takes it: ``"epochs=20 stage2.mixup=1.0"``.
-    Empty for nothing, and for a name that is no method's, such as an expert's."""
-    if config.method not in METHODS or config.dataset not in SETTINGS:
-        return ""
-    usual = configure(config.dataset, config.method, config.imbalance, config.seed)
-    return " ".join(assignment(_short(key), value) for key, value in differences(config, usual).items())
-
-
-def _short(key: str) -> str:
-    """A field without its stage, where that names the same."""
-    where, field = locate(key)
-    return field if locate(field) == (where, field) else key
-
-
 def _print_runs(records: Sequence[Record]) -> None:
     print(
         f"{'run':12}  {'dataset':16}  {'IF':>5}  {'method':18}  {'seed':>4}  {'accuracy':>8}  {'ECE':>6}  {'date':10}  "
@@ -544,6 +544,8 @@ def _print_runs(records: Sequence[Record]) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
+    if arguments.csv and arguments.what != "runs":
+        raise MislasError(f"--csv is of runs, not of {arguments.what}")
     if arguments.what == "methods":
         width = max(map(len, METHODS))
         for name, method in METHODS.items():
@@ -558,6 +560,12 @@ def _list(arguments: argparse.Namespace) -> None:
             )
         return
     store = _store(arguments, read=True)
+    if arguments.csv:
+        rows = [record.row() for record in store]
+        writer = csv.DictWriter(sys.stdout, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return
     _print_runs(list(store))
     for checkpoint in store.under_way():
         print(f"under way: {checkpoint}")

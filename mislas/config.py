@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from .augment import MIXES
@@ -267,8 +268,9 @@ class RunConfig:
                 object.__setattr__(self, "n_max", None)
         if self.backbone not in BACKBONES:
             unknown("backbone", self.backbone, BACKBONES)
-        if not (type(self.seed) is int and self.seed >= 0):
+        if not (isinstance(self.seed, Integral) and not isinstance(self.seed, bool) and self.seed >= 0):
             raise MislasError(f"seed must be an integer >= 0, got {self.seed!r}")
+        object.__setattr__(self, "seed", int(self.seed))
         if self.precision not in PRECISIONS:
             unknown("precision", self.precision, PRECISIONS)
         for where in ("stage1", "stage2"):
@@ -319,7 +321,10 @@ class RunConfig:
     @property
     def stage1_only(self) -> RunConfig:
         """The Stage-1 run that this one builds on: a run of its own, shared by every Stage-2."""
-        method = "mixup" if self.stage1.mixup else self.stage1.loss
+        method = self.stage1.loss
+        if self.stage1.mixup:
+            how = self.stage1.mix or "mixup"
+            method = how if method == "ce" else f"{method}+{how}"
         if self.stage1.scale is not None:
             method += "+cosine"
         if self.stage1.distillation is not None:
@@ -451,10 +456,10 @@ def check_type(key: str, value: Any, where: str | None, field: str) -> Any:
     if value is None and "None" in annotation:
         return None
     kind = annotation.split(" | ")[0]
-    if kind == "float" and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind == "float" and isinstance(value, Real) and not isinstance(value, bool):  # NumPy's, too
         return float(value)
-    if kind == "int" and isinstance(value, int) and not isinstance(value, bool):
-        return value
+    if kind == "int" and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     if kind == "bool" and isinstance(value, bool):
         return value
     if kind == "str" and isinstance(value, str):
@@ -531,6 +536,14 @@ def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
         raise MislasError(f"{name}.mixup is alpha > 0, or null for no mixup, got {stage.mixup!r}")
     if stage.schedule not in SCHEDULES:
         unknown(f"{name}.schedule", stage.schedule, SCHEDULES)
+    match SCHEDULES[stage.schedule]:
+        case None | ((*_,), int() | float()):
+            pass
+        case other:
+            raise MislasError(
+                f"SCHEDULES[{stage.schedule!r}] must be None, which is cosine, or shares of the epochs and a factor, "
+                f"such as ((0.8, 0.9), 0.1); got {other!r}"
+            )
     if stage.sampler not in SAMPLERS:
         unknown(f"{name}.sampler", stage.sampler, SAMPLERS)
     for loss, spec in LOSSES.items():
@@ -546,6 +559,12 @@ def _check_stage(name: str, stage: Stage1 | Stage2 | FewShot | Memory) -> None:
             f"loss {stage.loss!r} needs {lacks}, which {name} does not have; it has {', '.join(allowed)}, or register "
             "one that has its settings inside"
         )
+    for key in (*spec.settings, *spec.optional):
+        if hasattr(stage, key) and key not in {*_LOSS_SETTINGS, "scale"}:
+            raise MislasError(
+                f"loss {stage.loss!r} takes {key}, which {name} has for something else; a loss may take "
+                f"{', '.join(sorted(k for k in _LOSS_SETTINGS if hasattr(stage, k)))}"
+            )
     if any(getattr(stage, key, None) is None for key in spec.settings):
         *most, last = spec.settings
         needs = f"{', '.join(most)} and {last}" if most else last

@@ -289,7 +289,7 @@ def long_tailed_counts(n_max: int, imbalance: float, num_classes: int) -> tuple[
 
 
 def long_tailed_indices(
-    targets: np.ndarray, imbalance: float, num_classes: int, n_max: int | None = None
+    targets: np.ndarray | Sequence[int], imbalance: float, num_classes: int, n_max: int | None = None
 ) -> np.ndarray:
     """Which images stay. Classes are cut in label order, each shuffled by one ``RandomState(0)`` (Cao et al., 2019).
 
@@ -298,6 +298,7 @@ def long_tailed_indices(
     Raises:
         DataError: a class without images, or with fewer than ``n_max``.
     """
+    targets = np.asarray(targets)
     available = np.bincount(targets, minlength=num_classes)
     if available.min() == 0:
         raise DataError(f"class {int(available.argmin())} has no training image; every class needs at least one")

@@ -135,14 +135,15 @@ def _look(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
 
 
 def summarise(
-    logits: Tensor, targets: Tensor, groups: dict[str, list[int]]
+    logits: Tensor | np.ndarray, targets: Tensor | np.ndarray, groups: dict[str, list[int]] | None = None
 ) -> tuple[dict[str, float | None], Predictions]:
     """All measures of a run, and its predictions.
 
     Args:
         logits: float ``(N, K)``, on any device.
         targets: int64 ``(N,)``, classes in 0 .. K - 1.
-        groups: classes of "many", "medium", "few"; an empty group's measures are None.
+        groups: classes of "many", "medium", "few", as :func:`mislas.data.groups` gives them; an empty group's measures
+            are None.
 
     Returns:
         Measures by name: ``accuracy`` and ``ece`` and the same with ``_many``, ``_medium``, ``_few``;
@@ -153,6 +154,7 @@ def summarise(
     Raises:
         MislasError: logits and targets that do not fit each other.
     """
+    logits, targets = torch.as_tensor(logits), torch.as_tensor(targets)
     if logits.ndim != 2 or len(logits) != len(targets):
         raise MislasError(f"logits must be (N, K) with N targets, got {tuple(logits.shape)} and {tuple(targets.shape)}")
     logits, targets = logits.detach().cpu(), targets.cpu()
@@ -182,7 +184,7 @@ def summarise(
         "nll": -float(log_own.mean()),
         "brier": float((squares - 2 * own + 1).mean()),
     }
-    for name, classes in groups.items():
+    for name, classes in (groups or {}).items():
         inside = np.isin(y, classes)
         some = bool(inside.any())
         measures[f"accuracy_{name}"] = float(correct[inside].mean()) if some else None

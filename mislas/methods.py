@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .config import Adjustment, Memory, RunConfig, Stage1, Stage2, check_type, stage2_kind
+from .config import (
+    Adjustment,
+    Memory,
+    RunConfig,
+    Stage1,
+    Stage2,
+    assignment,
+    check_type,
+    differences,
+    locate,
+    stage2_kind,
+)
 from .data import LISTS, dataset_name
 from .errors import MislasError, UnknownName, unknown
 from .losses import LOSSES, Loss
@@ -422,6 +433,8 @@ def configure(
     if method not in METHODS:
         unknown("method", method, METHODS)
     settings, recipe = settings_of(dataset), METHODS[method]
+    if not isinstance(recipe, Method):
+        raise MislasError(f"METHODS[{method!r}] must be a Method, got {recipe!r}")
     if imbalance is None:
         imbalance = LISTS[dataset].imbalance if dataset in LISTS else 100
     ours = {
@@ -458,7 +471,33 @@ def _stage(kind: type, method: str, values: dict[str, Any]) -> Any:
 
 
 def loss_for(stage: Stage1 | Stage2, class_counts: Sequence[int]) -> Loss:
-    """The loss that a stage trains with, made for a training set's class counts."""
+    """The loss that a stage trains with, made for a training set's class counts.
+
+    Raises:
+        MislasError: what should make it makes no function.
+    """
     spec = LOSSES[stage.loss]
     settings = {name: getattr(stage, name, None) for name in spec.settings + spec.optional}
-    return spec.make(class_counts, **{name: value for name, value in settings.items() if value is not None})
+    settings = {name: value for name, value in settings.items() if value is not None}
+    try:
+        loss = spec.make(class_counts, **settings)
+    except TypeError as error:  # such as the loss itself in place of what makes it
+        raise MislasError(f"loss {stage.loss!r} cannot be made of class counts and its settings: {error}") from error
+    if not callable(loss):
+        raise MislasError(f"loss {stage.loss!r} must be made as a function of logits and targets, got {loss!r}")
+    return loss
+
+
+def changed(config: RunConfig) -> str:
+    """What a run has otherwise than its method's defaults, as ``--set`` takes it: ``"epochs=20 stage2.mixup=1.0"``.
+    Empty for nothing, and for a name that is no method's, such as an expert's."""
+    if config.method not in METHODS or config.dataset not in SETTINGS:
+        return ""
+    usual = configure(config.dataset, config.method, config.imbalance, config.seed)
+    return " ".join(assignment(_short(key), value) for key, value in differences(config, usual).items())
+
+
+def _short(key: str) -> str:
+    """A field without its stage, where that names the same."""
+    where, field = locate(key)
+    return field if locate(field) == (where, field) else key

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import MislasError
+
 MetricLoss = Callable[[Tensor, Tensor], Tensor]
 
 _NOTHING = -1e30  # log of an empty sum, but finite: so are its gradients
@@ -76,6 +78,23 @@ def on_the_sphere(loss: MetricLoss) -> MetricLoss:
     backbone, and only directions are asked for: the length of a feature is the classifier's.
     """
     return lambda features, targets: loss(F.normalize(features), targets)
+
+
+def metric_for(name: str, width: int, device: torch.device) -> MetricLoss:
+    """A metric loss of :data:`METRICS`, tried on two features of ``width`` numbers.
+
+    Raises:
+        MislasError: it gives no single number, or has parameters: only network and classifier are trained.
+    """
+    loss = METRICS[name]
+    with device:
+        value = loss(torch.zeros(2, width), torch.arange(2))
+    if not (isinstance(value, Tensor) and value.shape == ()):
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise MislasError(f"metric {name!r} must give one number for a batch, a tensor of shape (), and gave {given}")
+    if value.requires_grad:
+        raise MislasError(f"metric {name!r} has parameters that learn; only network and classifier are trained")
+    return loss
 
 
 #: Metric losses by name, as they are trained with.

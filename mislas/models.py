@@ -146,6 +146,8 @@ def backbone(name: str) -> nn.Module:
     """
     if name not in BACKBONES:
         unknown("backbone", name, BACKBONES)
+    if isinstance(BACKBONES[name], nn.Module):
+        raise MislasError(f"BACKBONES[{name!r}] must be a function that makes a network, such as its class; it is one")
     network = BACKBONES[name]()
     if not isinstance(getattr(network, "num_features", None), int):
         raise MislasError(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from .augment import MIXES
@@ -28,6 +32,34 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "SCHEDULES": SCHEDULES,
 }
 _LIBRARY = {registry: dict(known) for registry, known in REGISTRIES.items()}  # before any script could register
+
+
+def source_of(entry: Any) -> str | None:
+    """12 hex digits of the SHA-256 of the source text of an entry's function or class; None where there is none."""
+    made = getattr(entry, "make", entry)
+    made = made if hasattr(made, "__qualname__") else type(made)
+    if (
+        made.__module__.partition(".")[0] == __package__
+    ):  # a dataset's facts: the class that holds them is the library's
+        return None
+    try:
+        text = inspect.getsource(made)
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def check_sources(config: RunConfig, source: dict[str, Any], path: Path) -> None:
+    """Warn if the code of what a script registered for a stored run is no longer what the run was trained with."""
+    then = source.get("sources", {})
+    for registry, name, entry in entries_of([config]):
+        own = f"{registry}.{name}"
+        if own in then and then[own] != source_of(entry):
+            warnings.warn(
+                f"{own} has changed since {path} was trained with it, and the record is shown as it is: give what you "
+                "changed another name, or delete the record to run again",
+                stacklevel=3,
+            )
 
 
 def entries_of(configs: Iterable[RunConfig]) -> tuple[tuple[str, str, Any], ...]:

@@ -43,9 +43,11 @@ from .errors import Diverged, ForeignRecord, MislasError, RecordError, UnknownNa
 from .evaluate import Predictions, predict, summarise
 from .fewshot import train_few_shot
 from .lists import ListDataset
+from .losses import class_balanced_mean, cross_entropy
 from .memory import train_memory
+from .methods import changed
 from .models import batch_norms, check_backbone, class_weights, find_weights, native_bfloat16, stage1_model
-from .registries import entries_of
+from .registries import check_sources, entries_of, source_of
 from .together import check_together, side_by_side, train_together
 from .train import Options, OutOfTime, Trained, stage1_run, train_stage1, train_stage2
 
@@ -94,6 +96,13 @@ class Record:
             return predictions_in(self.arrays())
         except KeyError as error:
             raise RecordError(f"{self.path.with_suffix('.npz')} has no {error}; restore it") from error
+
+    def row(self) -> dict[str, Any]:
+        """The run in one flat row: what it is, its measures (as in ``metrics``), and where they come from."""
+        config, source = self.config, self.provenance
+        what = {key: getattr(config, key) for key in ("id", "dataset", "imbalance", "method", "seed", "backbone")}
+        whence = {key: source[key] for key in (*SOURCE, "seconds") if key in source}
+        return what | {"changed": changed(config)} | self.metrics | whence
 
 
 def predictions_in(arrays: dict[str, np.ndarray]) -> Predictions:
@@ -206,9 +215,16 @@ class Store:
         content = save_safetensors(tensors, metadata={"run": config.id})
         write_atomically(self.path(config, ".safetensors"), lambda handle: handle.write(content))
 
-    def get_weights(self, config: RunConfig, num_classes: int) -> tuple[nn.Module, nn.Module]:
-        """Stage-1's backbone and classifier, in float32."""
-        path = self.find(config, ".safetensors")
+    def get_weights(self, config: RunConfig, num_classes: int | None = None) -> tuple[nn.Module, nn.Module]:
+        """Stage-1's backbone and classifier, in float32 and evaluation mode.
+
+        Args:
+            num_classes: None is as many as the dataset has.
+
+        Raises:
+            RecordError: they are not there, or damaged.
+        """
+        path, num_classes = self.find(config, ".safetensors"), num_classes or spec_of(config.dataset).num_classes
         try:
             tensors = {n: value.float() for n, value in read_weights(path.read_bytes(), config.id, path).items()}
             stage = config.stage1
@@ -219,12 +235,15 @@ class Store:
                 own = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
                 module.load_state_dict(own)
         except FileNotFoundError:
-            raise RecordError(f"the weights of {config.method} ({config.id}) are not in {self.root}") from None
+            hint = "; only Stage-1's are kept: get those of its stage1_only, and train_stage2 makes the rest again"
+            raise RecordError(
+                f"the weights of {config.method} ({config.id}) are not in {self.root}{hint if config.stage2 else ''}"
+            ) from None
         except (RuntimeError, OSError) as error:
             raise RecordError(
                 f"{path} is damaged ({type(error).__name__}); delete it and train Stage-1 again"
             ) from error
-        return network, head
+        return network.eval(), head.eval()
 
 
 def group_id(runs: Sequence[str]) -> str:
@@ -344,6 +363,10 @@ def run(
     for asked in dict.fromkeys((c.backbone, spec_of(c.dataset).size, c.shifts) for c in configs):
         check_backbone(*asked)
     check_together(options, distributed.world())
+    asked = {step.id: step for config in configs for step in (config, config.stage1_only) if entries_of([step])}
+    for step in asked.values():
+        if (record := store.get(step)) is not None:
+            check_sources(step, record.provenance, record.path)
     left, diverged = configs, {}
     while True:
         try:
@@ -541,13 +564,17 @@ def finish(
     if trained.together > 1:
         source["together"] = trained.together
     outputs = predict(trained.backbone, trained.heads, test)
+    unseen = held_out(group[0], trained, data, options)
     if distributed.rank() > 0:
         return
     if group[0].stage2 is None:
         store.put_weights(group[0], trained.backbone, trained.heads[0])
     done = []  # all are worked out before the first is stored: of a group that is stored in part the rest trains anew
-    for config, head, logits, history in zip(group, trained.heads, outputs, trained.histories, strict=True):
+    for config, head, logits, own, history in zip(
+        group, trained.heads, outputs, unseen, trained.histories, strict=True
+    ):
         metrics, predictions = summarise(logits, data.test_targets, data.groups)
+        metrics |= own
         history[-1]["test_accuracy"] = round(metrics["accuracy"], 4)
         weight = class_weights(head, data.num_classes)
         small = np.uint8 if data.num_classes <= 256 else np.uint16
@@ -562,14 +589,37 @@ def finish(
         }
         done.append((config, metrics, history, arrays))
     for config, *measured in done:
-        own = [f"{registry}.{name}" for registry, name, _ in entries_of([config])]
-        store.put(config, *measured, source | ({"registered": own} if own else {}))
+        own = {f"{registry}.{name}": source_of(entry) for registry, name, entry in entries_of([config])}
+        known = {name: text for name, text in own.items() if text is not None}
+        registered = {"registered": list(own)} | ({"sources": known} if known else {}) if own else {}
+        store.put(config, *measured, source | registered)
     checkpoint = store.checkpoint(group)
     checkpoint.unlink(missing_ok=True)
     for name in (checkpoint.stem, *(store.path(config, "").name for config in group)):
         for part in checkpoint.parent.glob(f".{name}.*.part"):  # of a process killed while it wrote
             part.unlink(missing_ok=True)
     _tidy(checkpoint.parent)
+
+
+def held_out(config: RunConfig, trained: Trained, data: LongTailed, options: Options) -> list[dict[str, float]]:
+    """Of each head, accuracy and NLL on the training images that Stage-1 held out, every class counting alike: what a
+    setting may be chosen by, as it may not on test images. Nothing where none are held out, or of an expert.
+
+    A rule that is fitted to these very images says too well of itself there.
+    """
+    if config.stage1.holdout is None or config.stage1.group is not None:
+        return [{} for _ in trained.heads]
+    _, held = data.hold_out(config.stage1.holdout)
+    targets, found = data.train_targets[held], []
+    for logits in predict(trained.backbone, trained.heads, plain_images(data, options, held)):
+        right, losses = (logits.argmax(1).cpu() == targets).double(), cross_entropy(logits.cpu().double(), targets)
+        found.append(
+            {
+                "held_out_accuracy": float(class_balanced_mean(right, targets)),
+                "held_out_nll": float(class_balanced_mean(losses, targets)),
+            }
+        )
+    return found
 
 
 def _tidy(folder: Path) -> None:

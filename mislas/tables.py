@@ -9,6 +9,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from .cells import (
 )
 from .config import GROUPS, RunConfig, value_of
 from .data import groups
-from .errors import unknown
+from .errors import MislasError, unknown
 from .methods import METHODS, configure
 from .runs import Record
 from .study import ALL_OF_THEIRS, REDRAWN, Asked, Rows, Study, authors_variants
@@ -42,8 +43,8 @@ from .study import ALL_OF_THEIRS, REDRAWN, Asked, Rows, Study, authors_variants
 def compare(
     study: Study,
     dataset: str,
-    methods: Sequence[str],
-    imbalances: Sequence[float],
+    methods: str | Sequence[str],
+    imbalances: float | Sequence[float] | None,
     published: Callable[[str, float], float | None] = lambda method, imbalance: None,
     titles: dict[str, str] | None = None,
     title: str | None = None,
@@ -59,11 +60,13 @@ def compare(
         study: whose runs to show.
         dataset: one of the paper's, e.g. ``"cifar10"``.
         methods: rows, in order.
-        imbalances: imbalance factors, in order.
+        imbalances: imbalance factors, in order. None is the only one of a dataset of list files, and 100 of others.
         published: the paper's accuracy in percent for (method, imbalance), or None.
         titles: row names; default the registry's.
         title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
     """
+    methods = [methods] if isinstance(methods, str) else methods
+    imbalances = imbalances if isinstance(imbalances, Sequence) else [imbalances]
     beside = study.kind != "tiny" and any(
         published(method, imbalance) is not None for method in methods for imbalance in imbalances
     )
@@ -81,7 +84,8 @@ def compare(
             accuracies[place] = cell(records, "accuracy") + many + star(records, shown)
     columns: dict[tuple[str, str], list[str]] = {}
     for place, imbalance in enumerate(imbalances):
-        head, cells = f"IF {imbalance:g}", slice(place * len(methods), (place + 1) * len(methods))
+        head = "top-1" if imbalance is None else f"IF {imbalance:g}"
+        cells = slice(place * len(methods), (place + 1) * len(methods))
         if beside:
             numbers = [published(method, imbalance) for method in methods]
             columns[head, "paper"] = [DASH if number is None else f"{number:.1f}" for number in numbers]
@@ -212,11 +216,15 @@ def variants(
     rows = {}
     for name, records in zip(changes, found, strict=True):
         new, old = paired(records, found[0])
+        away = DASH
+        if new and records is not found[0]:
+            same = all(one.config.id == other.config.id for one, other in zip(new, old, strict=True))
+            away = "the same run" if same else difference(new, old)  # what it changes may mean nothing in this method
         rows[name] = [
             percent([record.metrics["accuracy"] for record in records]) if records else "not measured",
             percent([record.metrics["ece"] for record in records]) if records else DASH,
             f"{statistics.mean(record.metrics['nll'] for record in records):.3f}" if records else DASH,
-            difference(new, old) if new and records is not found[0] else DASH,
+            away,
         ]
     frame = pd.DataFrame.from_dict(rows, orient="index")
     frame.columns = pd.MultiIndex.from_tuples((study.kind, c) for c in ("accuracy", "ECE", "NLL", "difference"))
@@ -503,6 +511,8 @@ MEASURES = {
     "accuracy_medium": ("acc., medium", 100, 1),
     "accuracy_few": ("acc., few", 100, 1),
 }
+#: Of runs that hold training images out (``stage1.holdout``): what a setting may be chosen by.
+HELD_OUT = {"held_out_accuracy": ("acc., held out", 100, 1), "held_out_nll": ("NLL, held out", 1, 3)}
 #: Accuracy and ECE by group of classes.
 BY_GROUP = {
     f"{key}{group}": (f"{title}{group.replace('_', ', ')}", 100, 1)
@@ -527,8 +537,9 @@ def measures(
     Args:
         methods: names; or, by the row's title, a method and what the row changes of it.
         imbalance: None is the only one of a dataset of list files, and 100 of others.
-        columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES` or :data:`BY_GROUP`. A
-            measure of your own has a fourth part, a function of a run's :class:`mislas.evaluate.Predictions`.
+        columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES`, :data:`BY_GROUP` or
+            :data:`HELD_OUT`. A measure of your own has a fourth part, a function of a run's
+            :class:`mislas.evaluate.Predictions`.
         changes: what is changed in every run.
 
     Raises:
@@ -536,12 +547,15 @@ def measures(
     """
     methods = _rows(methods)
     for key, (*_, last) in columns.items():
-        if not callable(last) and key not in MEASURES | BY_GROUP:
-            unknown("measure", key, MEASURES | BY_GROUP)
+        if not callable(last) and key not in MEASURES | BY_GROUP | HELD_OUT:
+            unknown("measure", key, MEASURES | BY_GROUP | HELD_OUT)
 
     def value(record: Record, key: str) -> float | None:
         own = columns[key][3:]
-        return own[0](record.predictions()) if own else record.metrics[key]
+        found = own[0](record.predictions()) if own else record.metrics.get(key)
+        if not (found is None or isinstance(found, Real)):
+            raise MislasError(f"measure {key!r} must be a number, or None for no value, got {found!r:.80}")
+        return found
 
     asked = [(method, imbalance, (changes or {}) | own) for method, own in methods.values()]
     measured = study.side_by_side(dataset, asked)
@@ -569,6 +583,7 @@ def _rows(
     """By the row's title, a method and what the row changes of it."""
     if isinstance(methods, dict):
         return methods
+    methods = [methods] if isinstance(methods, str) else methods
     return {name: (method, {}) for name, method in zip(row_titles(methods), methods, strict=True)}
 
 

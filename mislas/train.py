@@ -28,7 +28,7 @@ from .errors import Diverged, MislasError, RecordError
 from .experts import Experts, of_group
 from .losses import effective_number_weights, mean
 from .methods import loss_for
-from .metric import METRICS
+from .metric import metric_for
 from .models import (
     CLASSIFIERS,
     RESNETS,
@@ -265,14 +265,15 @@ def stage1_run(
     groups = [{"params": learned, "lr": stage.lr}]
     batches = batches_of(data, stage, "stage1", config.seed, options)
     objective, features_of = Objective(stage, data.class_counts, device), forward(network, config, options)
+    metric = None if stage.metric is None else metric_for(stage.metric, network.num_features, device)
 
     def one_branch(epoch: int) -> Iterator[Forward | list[Tensor]]:
         for batch in batches.epoch(epoch):
             asked = Forward(config, network, batch, features_of)
             yield asked
             loss = objective(head(asked.features), batch, epoch)
-            if stage.metric is not None:
-                loss = loss + stage.metric_weight * METRICS[stage.metric](asked.features, batch.targets)
+            if metric is not None:
+                loss = loss + stage.metric_weight * metric(asked.features, batch.targets)
             yield [loss]
 
     def taught(epoch: int) -> Iterator[list[Tensor]]:

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
 
-from mislas.augment import Images, cutmix, mixup, remix_weight
+from mislas.augment import MIXES, Images, cutmix, mix, mixup, remix_weight
 from mislas.errors import MislasError
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -109,6 +109,14 @@ def test_cutmix_at_its_ends_keeps_or_replaces_everything(lam, share):
 def test_remix_gives_the_label_to_the_minority(lam, expected):
     own, partner = torch.tensor([90.0, 10.0, 50.0, 29.0]), torch.tensor([30.0, 30.0, 50.0, 10.0])
     np.testing.assert_allclose(remix_weight(lam, own, partner, 3.0, 0.5), expected)
+
+
+def test_a_mix_that_gives_images_alone_says_so(monkeypatch):
+    monkeypatch.setitem(MIXES, "mine", lambda images, pairs: images)
+    with pytest.raises(MislasError, match="mix 'mine' must give a tuple of images, partners and weights, got tensor"):
+        mix("mine", torch.zeros(2, 3, 4, 4), None)
+    monkeypatch.setitem(MIXES, "mine", lambda images, pairs: (images, torch.tensor([1, 0]), torch.tensor(0.25)))
+    assert mix("mine", torch.zeros(2, 3, 4, 4), None)[2] == 0.25
 
 
 def test_remix_with_infinite_kappa_is_mixup():

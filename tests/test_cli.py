@@ -1,3 +1,4 @@
+import csv
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from mislas import cli
 from mislas.archive import merge, pack
 from mislas.cli import main, parse_overrides
 from mislas.errors import MislasError
-from mislas.methods import METHODS, configure
+from mislas.methods import METHODS, changed, configure
 from mislas.models import BACKBONES
 from mislas.runs import Store, run
 from mislas.train import Options
@@ -114,6 +115,34 @@ def test_downloads_and_budgets_reach_those_who_heed_them(tmp_path, monkeypatch):
     for more in ([], ["--budget", "9m"]):
         assert main(["campaign", *root, *more]) == 0
     assert seen == [False, True, None, 540.0]
+
+
+def test_training_ends_within_its_budget_and_says_so(tmp_path, capsys):
+    command = ["train", "--dataset", "digits", "--method", "ce", "--results-root", str(tmp_path), "--device", "cpu"]
+    assert main([*command, "--quiet", "--budget", "1s", "--set", "epochs=5000"]) == 0
+    assert "; 0 of 1 runs are in the store, the same command goes on" in capsys.readouterr().out
+    assert main([*command, "--budget", "soon"]) == 2
+
+
+def test_the_csv_has_every_measure_of_every_run(store, capsys):
+    assert main(["list", "--csv", "--results-root", store]) == 0
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    records = list(Store(store))
+    assert [row["id"] for row in rows] == [record.config.id for record in records]
+    for row, record in zip(rows, records, strict=True):
+        for key, value in record.metrics.items():
+            assert row[key] == ("" if value is None else str(value))
+        assert row["changed"] == changed(record.config) != ""
+        assert row["data_checksum"] == record.provenance["data_checksum"]
+    assert main(["list", "methods", "--csv"]) == 2
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_set_changes_in_no_run_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda *_: [])
+    command = ["train", "--dataset", "digits", "--results-root", str(tmp_path), "--method", "ce", "mislas"]
+    assert main([*command, "--set", "eps_1=0.1", "stage2.epochs=1", "gamma=2"]) == 0
+    assert capsys.readouterr().err == "mislas: warning: --set gamma=2 changes nothing in any of these runs\n"
 
 
 def test_a_store_that_cannot_be_written_is_one_line(tmp_path, capsys):

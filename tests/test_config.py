@@ -2,12 +2,13 @@ import json
 import re
 from dataclasses import asdict, fields, replace
 
+import numpy as np
 import pytest
 
-from mislas.config import Adjustment, FewShot, Memory, RunConfig, Stage1, Stage2, field_names
+from mislas.config import SCHEDULES, Adjustment, FewShot, Memory, RunConfig, Stage1, Stage2, field_names
 from mislas.errors import MislasError
 from mislas.losses import LOSSES, LossSpec, cross_entropy
-from mislas.methods import configure
+from mislas.methods import METHODS, configure
 from mislas.models import CLASSIFIERS
 from mislas.rules import RULES, tau_normalised
 
@@ -550,6 +551,51 @@ def test_an_entry_that_is_no_loss_or_rule_says_so(monkeypatch):
     monkeypatch.setitem(RULES, "bare", tau_normalised)
     with pytest.raises(MislasError, match=r"RULES\['bare'\] must be a Rule"):
         configure("digits", "tau-norm", 10, overrides={"rule": "bare"})
+
+
+def test_a_loss_takes_no_field_that_has_another_effect(monkeypatch):
+    monkeypatch.setitem(LOSSES, "mine", LossSpec(lambda class_counts, beta: cross_entropy, ("beta",)))
+    with pytest.raises(
+        MislasError, match="'mine' takes beta, which stage1 has for something else; a loss may take adj"
+    ):
+        configure("digits", "ce", 10, overrides={"loss": "mine", "beta": 0.99})
+
+
+def test_a_method_that_is_none_says_so(monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", "ce")
+    with pytest.raises(MislasError, match=r"METHODS\['mine'\] must be a Method, got 'ce'"):
+        configure("digits", "mine", 10)
+
+
+@pytest.mark.parametrize("schedule", [0.1, (0.1, (0.5,)), ((0.5,), "half"), (0.5, 0.1)])
+def test_a_schedule_that_is_none_says_so(monkeypatch, schedule):
+    monkeypatch.setitem(SCHEDULES, "mine", schedule)
+    with pytest.raises(MislasError, match=r"SCHEDULES\['mine'\] must be None, which is cosine, or shares"):
+        configure("digits", "ce", 10, overrides={"schedule": "mine"})
+    monkeypatch.setitem(SCHEDULES, "mine", ((0.5,), 0.1))
+    assert configure("digits", "ce", 10, overrides={"schedule": "mine"}).stage1.schedule == "mine"
+
+
+def test_numbers_of_numpy_are_numbers():
+    ours = configure("digits", "ce", 10, 1, {"epochs": 3, "lr": 0.5})
+    theirs = configure("digits", "ce", 10, np.int64(1), {"epochs": np.int32(3), "lr": np.float32(0.5)})
+    assert theirs.id == ours.id
+    assert {type(theirs.seed), type(theirs.stage1.epochs)} == {int}
+    with pytest.raises(MislasError, match="epochs takes int"):
+        configure("digits", "ce", 10, overrides={"epochs": np.bool_(True)})
+
+
+def test_a_stage1_is_named_by_its_loss_and_what_it_mixes(monkeypatch):
+    named = {
+        changes["loss"] + str(changes.get("mix")): configure("digits", "lws+mixup", 10, overrides=changes).stage1_only
+        for changes in (
+            {"loss": "ce"},
+            {"loss": "ce", "mix": "cutmix"},
+            {"loss": "focal", "stage1.gamma": 1.0},
+            {"loss": "focal", "stage1.gamma": 1.0, "mix": "cutmix"},
+        )
+    }
+    assert [config.method for config in named.values()] == ["mixup", "cutmix", "focal+mixup", "focal+cutmix"]
 
 
 @pytest.mark.parametrize("method", ["lifted", "oltr+lfme", "bbn"])

@@ -91,6 +91,7 @@ def cut_like_cao(targets, imb_factor, cls_num):
 def test_the_cut_is_that_of_cao(imbalance):
     targets = np.random.RandomState(1).permutation(np.repeat(np.arange(10), 200))
     assert long_tailed_indices(targets, imbalance, 10).tolist() == cut_like_cao(targets, 1 / imbalance, 10)
+    assert long_tailed_indices(targets.tolist(), imbalance, 10).tolist() == cut_like_cao(targets, 1 / imbalance, 10)
 
 
 def test_a_smaller_set_is_cut_from_the_same_order():

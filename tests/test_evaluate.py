@@ -155,6 +155,13 @@ def test_measures_do_not_depend_on_how_much_is_held_at_once(monkeypatch):
         np.testing.assert_allclose(getattr(same, name), getattr(predictions, name), rtol=1e-12)
 
 
+def test_arrays_and_groups_left_out_are_measured_alike():
+    logits, targets = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 4
+    whole, _ = summarise(logits, targets, {"many": [0, 1]})
+    plain, _ = summarise(logits.numpy(), targets.numpy())
+    assert plain == {name: value for name, value in whole.items() if not name.endswith("_many")}
+
+
 def test_an_empty_group_has_no_measures():
     logits, targets = sample(0)
     measures, _ = summarise(logits, targets, {"many": [0, 1, 2, 3, 4], "medium": [], "few": []})

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from mislas.data import LISTS, SPECS
 from mislas.errors import MislasError
-from mislas.losses import cross_entropy
+from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import METHODS, ONE_STAGE, configure, loss_for
 from mislas.train import learning_rate_factor
 
@@ -102,6 +102,19 @@ def test_losses_are_made_for_the_class_counts():
     loss = loss_for(configure("digits", "mislas").stage2, (50, 5))
     assert loss(logits, targets).mean().item() == pytest.approx(F.cross_entropy(logits, q).item(), abs=1e-6)
     assert loss_for(configure("digits", "crt").stage2, (50, 5)) is cross_entropy
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (cross_entropy, "loss 'mine' cannot be made of class counts and its settings: .*'targets'"),
+        (lambda class_counts: None, "loss 'mine' must be made as a function of logits and targets, got None"),
+    ],
+)
+def test_a_loss_that_cannot_be_made_says_so(monkeypatch, make, message):
+    monkeypatch.setitem(LOSSES, "mine", LossSpec(make))
+    with pytest.raises(MislasError, match=message):
+        loss_for(configure("digits", "ce", 10, overrides={"loss": "mine"}).stage1, (50, 5))
 
 
 def test_every_method_says_what_it_does_where_it_is_from_and_what_it_computes():

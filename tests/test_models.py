@@ -401,6 +401,12 @@ def test_a_backbone_must_say_how_many_features_it_has(monkeypatch):
         backbone("patches")
 
 
+def test_a_network_in_place_of_what_makes_it_says_so(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "patches", Patches())
+    with pytest.raises(MislasError, match=r"BACKBONES\['patches'\] must be a function that makes a network"):
+        backbone("patches")
+
+
 def test_a_backbone_must_give_the_features_that_it_says_it_does(monkeypatch, tmp_path, options):
     monkeypatch.setitem(BACKBONES, "patches", lambda: Patches(num_features=6))
     with pytest.raises(MislasError, match=r"\(B, 3, 8, 8\) into features \(B, 6\), .* two images gave \(2, 5\)"):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
@@ -15,15 +16,18 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss
+from sklearn.utils.class_weight import compute_sample_weight
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error
 
 from mislas import runs
 from mislas.augment import Images
+from mislas.config import SCHEDULES
 from mislas.data import SPECS, Dataset, load
 from mislas.errors import ForeignRecord, MislasError, RecordError
 from mislas.evaluate import predict
+from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import configure
 from mislas.models import GeneralisedClassifier, backbone
 from mislas.runs import SOURCE, Store, finish, plan, read_weights, run
@@ -430,6 +434,56 @@ def test_seeds_are_read_off_the_names_of_the_files(made_up):
     assert store.seeds("cifar10", 100) == [0, 3, 12]
     assert store.seeds("cifar10", 10.0) == [7]
     assert store.seeds("cifar100", 100) == []
+
+
+def test_weights_come_ready_to_be_looked_at_and_a_second_stages_are_not_kept(full):
+    network, head = full.get_weights(CE)
+    assert head.out_features == 10
+    assert not any(module.training for part in (network, head) for module in part.modules())
+    with pytest.raises(RecordError, match="only Stage-1's are kept: get those of its stage1_only"):
+        full.get_weights(LWS)
+
+
+def test_what_is_held_out_is_measured_every_class_counting_alike(digits, tmp_path):
+    asked = configure("digits", "lws", 50, 0, QUICK | {"holdout": 0.2})
+    (record,) = run(asked, tmp_path, options=OPTIONS)
+    network, head = Store(tmp_path).get_weights(asked.stage1_only)
+    _, held = digits.hold_out(0.2)
+    images = Images(digits.train_images[held], digits.spec.mean, digits.spec.std, padding=0)
+    y = digits.train_targets[held].numpy()
+    (logits,) = predict(network, [head], images)
+    stage1 = Store(tmp_path).get(asked.stage1_only)
+    assert stage1.metrics["held_out_accuracy"] == pytest.approx(balanced_accuracy_score(y, logits.argmax(1)), abs=1e-6)
+    weights = compute_sample_weight("balanced", y)
+    nll = log_loss(y, logits.double().softmax(1).numpy(), sample_weight=weights, labels=np.arange(10))
+    assert stage1.metrics["held_out_nll"] == pytest.approx(nll, abs=1e-5)
+    assert record.metrics["held_out_nll"] != stage1.metrics["held_out_nll"]
+    assert "held_out_nll" not in run(CE, tmp_path, options=OPTIONS)[0].metrics
+
+
+def test_a_changed_loss_is_told_from_the_one_that_a_record_is_of(tmp_path, monkeypatch):
+    def one(class_counts):
+        return cross_entropy
+
+    def other(class_counts):
+        return lambda logits, targets: 2 * cross_entropy(logits, targets)
+
+    monkeypatch.setitem(LOSSES, "own", LossSpec(one))
+    asked = config("lws", epochs=1, **{"stage1.loss": "own", "stage2.epochs": 1})
+    run(asked, tmp_path, options=OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(asked, tmp_path, options=OPTIONS)
+    monkeypatch.setitem(LOSSES, "own", LossSpec(other))
+    with pytest.warns(UserWarning, match=r"LOSSES\.own has changed since .* was trained with it"):
+        run(asked, tmp_path, options=OPTIONS)
+
+
+def test_an_entry_without_source_text_is_told_by_its_name_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "own", ((0.5,), 0.1))
+    (record,) = run(config("ce", epochs=1, schedule="own"), tmp_path, options=OPTIONS)
+    assert record.provenance["registered"] == ["SCHEDULES.own"]
+    assert "sources" not in record.provenance
 
 
 def test_putting_a_run_that_is_there_changes_nothing(store):

@@ -83,6 +83,7 @@ def test_class_cyclic_shuffles_classes_and_images_in_every_round():
 def test_a_seed_decides_an_epoch_of_as_many_indices_as_images(sampler):
     one, two, other = (sampler(np.random.default_rng(seed), TARGETS).tolist() for seed in (1, 1, 2))
     assert one == two != other
+    assert sampler(np.random.default_rng(1), TARGETS.tolist()).tolist() == one  # torchvision's targets are lists
     assert len(one) == 45
     assert set(one) <= set(range(45))
 

@@ -13,8 +13,10 @@ from mislas.methods import METHODS, configure
 from mislas.study import ALL_OF_THEIRS, LEARNED, Study, authors_variants
 from mislas.tables import (
     BY_GROUP,
+    HELD_OUT,
     beside_authors_code,
     by_group,
+    compare,
     copies,
     distance,
     gaps_by_group,
@@ -354,6 +356,42 @@ def test_methods_of_one_title_are_told_apart(made_up, monkeypatch):
     frame = measures(stored, "cifar10", ["ce", "ce-b", "mixup"], columns={"accuracy": ("accuracy", 100, 1)}).frame
     assert frame.index.tolist() == ["CE (ce)", "CE (ce-b)", "mixup"]
     assert frame.loc["CE (ce)", "accuracy"] == "75.0"
+
+
+def test_a_change_without_meaning_is_told_from_one_without_effect(made_up):
+    made_up("cifar10", "mislas", right=(1, 0, 1, 0))
+    made_up("cifar10", "mislas", right=(1, 0, 1, 0), changes={"eps_1": 0.2})
+    rows = {"plain": {}, "gamma": {"gamma": 2.0}, "eps": {"eps_1": 0.2}}
+    frame = variants(Study(results_root=made_up.root), "cifar10", "mislas", rows).frame
+    assert frame["measured", "difference"].tolist() == ["–", "the same run", "+0.0 ± 0.0"]
+
+
+def test_a_single_method_and_imbalance_factor_need_no_list(made_up):
+    made_up("cifar10", "ce", imbalance=50)
+    study = Study(results_root=made_up.root)
+    assert str(compare(study, "cifar10", "ce", 50)) == str(compare(study, "cifar10", ["ce"], [50]))
+    assert str(measures(study, "cifar10", "ce", 50)) == str(measures(study, "cifar10", ["ce"], 50))
+    made_up("places-lt", "ce")
+    frame = compare(study, "places-lt", "ce", None).frame
+    assert frame.columns.tolist() == [("top-1", "measured"), ("top-1", "ECE")]
+    assert frame.iloc[0, 0] == "75.0"
+
+
+def test_what_is_held_out_is_a_column_where_it_is_measured(made_up):
+    made_up("cifar10", "mixup")
+    record = made_up("cifar10", "ce")
+    content = json.loads(record.path.read_text())
+    content["metrics"] |= {"held_out_accuracy": 0.5, "held_out_nll": 1.25}
+    record.path.write_text(json.dumps(content))
+    frame = measures(Study(results_root=made_up.root), "cifar10", ["ce", "mixup"], columns=HELD_OUT).frame
+    assert frame.values.tolist() == [["50.0", "1.250"], ["–", "–"]]
+
+
+def test_a_measure_that_is_no_number_is_refused(made_up):
+    made_up("cifar10", "ce")
+    columns = {"all": ("all", 1, 1, lambda predictions: predictions.correct)}
+    with pytest.raises(MislasError, match="measure 'all' must be a number, or None for no value, got array"):
+        measures(Study(results_root=made_up.root), "cifar10", ["ce"], columns=columns)
 
 
 def test_a_measure_of_ones_own_is_a_column(made_up):

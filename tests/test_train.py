@@ -314,6 +314,22 @@ def test_a_metric_loss_of_weight_0_is_cross_entropy_alone_and_otherwise_it_count
     assert with_it.histories[0][0]["train_loss"] > without.histories[0][0]["train_loss"]
 
 
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (lambda features, targets: features.sum(dim=1), r"one number for a batch.*gave shape \(2,\)"),
+        (lambda features, targets: None, r"one number for a batch.*gave None"),
+        (nn.Bilinear(64, 64, 1), "parameters that learn"),
+    ],
+)
+def test_a_metric_that_cannot_be_trained_with_is_refused(digits, options, monkeypatch, metric, message):
+    if isinstance(metric, nn.Module):
+        own, metric = metric, lambda features, targets: own(features, features).mean()
+    monkeypatch.setitem(METRICS, "mine", metric)
+    with pytest.raises(MislasError, match=f"^metric 'mine' .*{message}"):
+        train_stage1(digits_config("ce", metric="mine", metric_weight=0.1), digits, options)
+
+
 def test_a_metric_loss_is_added_with_its_weight(digits, options):
     """At a rate that changes nothing, an epoch's loss is its batches' mean, for the network that it begins with."""
     config = digits_config("lifted", epochs=1, lr=1e-12, weight_decay=0.0, metric_weight=0.3)

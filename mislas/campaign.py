@@ -23,6 +23,7 @@ from .runs import Store, plan, run
 from .study import (
     AVERAGED,
     BRIEF,
+    CHOICES,
     FORMS,
     GRID,
     LEARNED,
@@ -108,9 +109,10 @@ def wanted(
         redrawn = [asked for draws in REDRAWN.values() for asked in draws]
         configs += [one(method, imbalance, seed, changes) for imbalance in imbalances for method, changes in redrawn]
         held_out = [asked for rows in UNSEEN.values() for asked in rows.values()]
+        choices = [("mislas", changes) for changes in CHOICES]
         if smallest_class(dataset_name(dataset), first, overrides.get("n_max")) == 1:
-            held_out = []
-        configs += [one(method, first, seed, changes) for method, changes in held_out]
+            held_out = choices = []
+        configs += [one(method, first, seed, changes) for method, changes in held_out + choices]
         if dataset_name(dataset) in BRIEF:
             brief, changes = BRIEF[dataset_name(dataset)]
             again = [asked for rows in brief.values() for asked in _runs(rows)] + held_out * (brief is LEARNED)

@@ -58,6 +58,8 @@ NEIGHBOURS = {
 
 #: Changes of MiSLAS that share one pass through its backbone. Figures 5 and 10: eps_1 and eps_K, 0.0 to 0.5.
 GRID = [{"eps_1": a / 10, "eps_k": b / 10} for a in range(6) for b in range(a + 1)]
+#: The same on a Stage-1 that has held images out, by which a cell may be chosen.
+CHOICES = [HOLDOUT | cell for cell in GRID]
 #: Figure 11: forms of the related function beside the default, concave. The paper's text gives no p: these p are ours.
 FORMS = [{"form": "linear"}, {"form": "convex"}] + [{"form": "power", "power": p} for p in (1 / 3, 0.5, 2.0, 3.0)]
 #: A shorter schedule than the default 200 epochs: what can be measured without a GPU of Tiny-ImageNet at 64 pixels.

@@ -645,6 +645,51 @@ def selection(
     return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
 
 
+def chosen(
+    study: Study,
+    dataset: str,
+    method: str,
+    changes: Sequence[dict[str, Any]],
+    imbalance: float = 100,
+    title: str | None = None,
+) -> Table:
+    """Which of several settings each measure on held-out images would choose, and which the test set, as it must not;
+    and what the setting then comes to on both. Mean over seeds; a dash until all are measured.
+
+    Args:
+        changes: of the method, each with ``stage1.holdout``; fields that all have alike are not shown.
+    """
+    found = study.sweep(dataset, method, list(changes), imbalance)
+    shown = [record for records in found for record in records]
+    measured = all("held_out_nll" in record.metrics for record in shown) and all(found)
+    alike = {key for key, value in changes[0].items() if all(other.get(key) == value for other in changes)}
+    columns = {"held_out_accuracy": HELD_OUT["held_out_accuracy"], "held_out_nll": HELD_OUT["held_out_nll"]}
+    columns |= {key: (f"test {MEASURES[key][0]}", *MEASURES[key][1:]) for key in ("accuracy", "ece", "nll")}
+    means = [
+        {key: statistics.mean(record.metrics[key] for record in records) for key in columns} if measured else {}
+        for records in found
+    ]
+    rows = {}
+    for name, key, best in (
+        ("accuracy, held out", "held_out_accuracy", max),
+        ("NLL, held out", "held_out_nll", min),
+        ("accuracy on test images", "accuracy", max),
+    ):
+        place = best(range(len(found)), key=lambda at, key=key: means[at][key]) if measured else 0
+        setting = ", ".join(f"{field} = {value}" for field, value in changes[place].items() if field not in alike)
+        cells = [_mean([means[place][key]] if measured else [], *form) for key, (_, *form) in columns.items()]
+        rows[name] = [setting if measured else DASH, *cells]
+    heads = ["setting", *(head for head, *_ in columns.values())]
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
+    caption = (
+        f"What of {len(found)} settings of {METHODS[method].title} would be chosen, by rows, and what it comes to, "
+        f"{title or study.title(dataset)}, IF {imbalance:g}. NLL in nats, the others in %; on held-out images every "
+        "class counts alike."
+    )
+    asked = [(method, imbalance, change) for change in changes]
+    return table_of(study, frame, caption, missing_notes(study, dataset, asked, found), shown)
+
+
 #: What a row's cells are called: paper's names of groups, and the metric that each is.
 GROUP_METRICS = {"many": "accuracy_many", "medium": "accuracy_medium", "few": "accuracy_few", "all": "accuracy"}
 

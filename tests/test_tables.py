@@ -16,6 +16,7 @@ from mislas.tables import (
     HELD_OUT,
     beside_authors_code,
     by_group,
+    chosen,
     compare,
     copies,
     distance,
@@ -356,6 +357,27 @@ def test_methods_of_one_title_are_told_apart(made_up, monkeypatch):
     frame = measures(stored, "cifar10", ["ce", "ce-b", "mixup"], columns={"accuracy": ("accuracy", 100, 1)}).frame
     assert frame.index.tolist() == ["CE (ce)", "CE (ce-b)", "mixup"]
     assert frame.loc["CE (ce)", "accuracy"] == "75.0"
+
+
+def test_what_is_chosen_by_held_out_images_and_by_the_test_set(made_up):
+    """Three settings; each of the three measures has its best at another."""
+    study = Study(results_root=made_up.root)
+    settings = [{"stage1.holdout": 0.1, "eps_1": eps} for eps in (0.1, 0.2, 0.3)]
+    measured = [(0.5, 1.0, (0, 0, 0, 1)), (0.25, 0.5, (1, 1, 0, 0)), (0.125, 2.0, (1, 1, 1, 0))]
+    for changes, (accuracy, nll, right) in zip(settings, measured, strict=True):
+        table = chosen(study, "cifar10", "mislas", settings, 50)
+        assert set(table.frame.values.flat) <= {"–"}
+        assert table.notes[0].startswith("Not measured yet")
+        record = made_up("cifar10", "mislas", right=right, changes=changes, imbalance=50)
+        content = json.loads(record.path.read_text())
+        content["metrics"] |= {"held_out_accuracy": accuracy, "held_out_nll": nll}
+        record.path.write_text(json.dumps(content))
+    frame = chosen(study, "cifar10", "mislas", settings, 50).frame
+    assert frame.values.tolist() == [
+        ["eps_1 = 0.1", "50.0", "1.000", "25.0", "10.0", "1.000"],
+        ["eps_1 = 0.2", "25.0", "0.500", "50.0", "10.0", "1.000"],
+        ["eps_1 = 0.3", "12.5", "2.000", "75.0", "10.0", "1.000"],
+    ]
 
 
 def test_a_change_without_meaning_is_told_from_one_without_effect(made_up):

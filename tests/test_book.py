@@ -149,7 +149,7 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     book, registries, hand_over, tmp_path, monkeypatch, capsys
 ):
     page = book.text(Path("book/add-a-method.md"))
-    cell, own_mix, own_classifier, rule_and_backbone, own_measure = CELL.findall(page)
+    cell, own_mix, own_classifier, rule_and_backbone, own_measure, choice = CELL.findall(page)
     assert len([line for line in cell.splitlines() if line.strip()]) < 30
     space = {}
     table = execute(cell, space)
@@ -166,6 +166,9 @@ def test_the_page_that_adds_a_method_adds_one_in_under_30_lines(
     assert (measured["accuracy"].astype(float) > 50).all()
     sure = execute(own_measure, space).frame["wrong and sure"].astype(float)
     assert sure["CE"] > sure["MiSLAS"] > 0
+    unseen = execute(choice, space).frame.astype(float)
+    assert unseen["acc., held out"].between(50, 100).all()
+    assert unseen["NLL, held out"].nunique() == 3
     in_full, as_a_row, ending = scripts(page)
     monkeypatch.chdir(tmp_path)  # where no data are: it gets as far as that
     with pytest.raises(DataError, match="cannot read cifar10 under data"):

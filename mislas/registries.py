@@ -38,9 +38,7 @@ def source_of(entry: Any) -> str | None:
     """12 hex digits of the SHA-256 of the source text of an entry's function or class; None where there is none."""
     made = getattr(entry, "make", entry)
     made = made if hasattr(made, "__qualname__") else type(made)
-    if (
-        made.__module__.partition(".")[0] == __package__
-    ):  # a dataset's facts: the class that holds them is the library's
+    if str(made.__module__).startswith(f"{__package__}."):  # a dataset's facts are held by a class of the library
         return None
     try:
         text = inspect.getsource(made)

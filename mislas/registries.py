@@ -51,11 +51,11 @@ def check_sources(config: RunConfig, source: dict[str, Any], path: Path) -> None
     """Warn if the code of what a script registered for a stored run is no longer what the run was trained with."""
     then = source.get("sources", {})
     for registry, name, entry in entries_of([config]):
-        own = f"{registry}.{name}"
-        if own in then and then[own] != source_of(entry):
+        own, now = f"{registry}.{name}", source_of(entry)
+        if now is not None and then.get(own, now) != now:
             warnings.warn(
-                f"{own} has changed since {path} was trained with it, and the record is shown as it is: give what you "
-                "changed another name, or delete the record to run again",
+                f"{own} has changed since {path} was trained with it, and that record stays: give what you changed "
+                "another name, or delete the record to run again",
                 stacklevel=3,
             )
 

@@ -66,7 +66,7 @@ def compare(
         title: what the caption calls the dataset; default :meth:`mislas.study.Study.title`.
     """
     methods = [methods] if isinstance(methods, str) else methods
-    imbalances = imbalances if isinstance(imbalances, Sequence) else [imbalances]
+    imbalances = [imbalances] if imbalances is None or isinstance(imbalances, Real) else imbalances
     beside = study.kind != "tiny" and any(
         published(method, imbalance) is not None for method in methods for imbalance in imbalances
     )

@@ -296,6 +296,37 @@ def test_what_a_temperature_does_to_answers():
     assert mean("nll", "temperature+mixup") < mean("nll", "mixup", 100, HOLDOUT)
 
 
+def test_what_held_out_images_choose():
+    page = "book/open-questions.md"
+    assert said(page, "By NLL they choose the cell of Table 5, $(0.3, 0)$")
+    assert said(
+        page, "By accuracy they choose what the test set would, $(0.5, 0)$, which is about a point more accurate"
+    )
+    assert said(page, "and has three times the ECE")
+    assert said(
+        page, "their accuracy differs by less than three tenths of a point, with five images of the smallest class"
+    )
+    assert said(page, "That $\\epsilon_K$ should be 0 they say clearly, by both measures.")
+    keys = ("accuracy", "ece", "held_out_accuracy", "held_out_nll")
+    found = {
+        (cell["eps_1"], cell["eps_k"]): {key: mean(key, "mislas", 100, HOLDOUT | cell) for key in keys} for cell in GRID
+    }
+    table_5, best = found[0.3, 0.0], found[0.5, 0.0]
+    assert min(found.values(), key=lambda cell: cell["held_out_nll"]) is table_5
+    for key in ("accuracy", "held_out_accuracy"):
+        assert max(found.values(), key=lambda cell, key=key: cell[key]) is best
+    assert best["accuracy"] - table_5["accuracy"] == pytest.approx(0.9, abs=0.2)
+    assert best["ece"] / table_5["ece"] == pytest.approx(3, abs=0.2)
+    head = {cell: values for cell, values in found.items() if cell[1] == 0 < cell[0]}
+    both = [values for (_, eps_k), values in found.items() if eps_k > 0]
+    accuracies = [values["held_out_accuracy"] for values in head.values()]
+    assert len(head) == 5
+    assert max(accuracies) - min(accuracies) < 0.3
+    assert min(accuracies) > max(values["held_out_accuracy"] for values in both) + 1
+    assert min(values["held_out_nll"] for values in head.values()) < min(values["held_out_nll"] for values in both)
+    assert max(1, round(0.1 * long_tailed_counts(5000, 100, 10)[-1])) == 5
+
+
 def test_no_second_stage():
     assert said(
         "book/open-questions.md",

@@ -40,14 +40,6 @@ def torch_rng(*parts: Any) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def seeded(generator: torch.Generator) -> Iterator[None]:
-    """Within it what draws from PyTorch's own generator, such as a network's layers, starts as ``generator`` did."""
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(generator.initial_seed())
-        yield
-
-
-@contextlib.contextmanager
 def own_randomness(device: torch.device) -> Iterator[None]:
     """Within it :func:`seed_modules` may be called: after it PyTorch's own generators are as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -61,6 +53,14 @@ def seed_modules(device: torch.device, seed: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(generator: torch.Generator) -> Iterator[None]:
+    """Within it what draws from PyTorch's own generator, such as a network's layers, starts as ``generator`` did."""
+    with own_randomness(generator.device):
+        seed_modules(generator.device, generator.initial_seed())
+        yield
 
 
 def draw_batches(

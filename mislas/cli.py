@@ -399,8 +399,12 @@ def _train(arguments: argparse.Namespace) -> None:
     try:
         _print_runs(run(configs, store, arguments.data_root, options, arguments.download))
     except OutOfTime as error:
-        have = sum(store.get(config) is not None for config in configs)
-        print(f"{error}; {have} of {len(configs)} runs are in the store, the same command goes on")
+        print(f"{error}; {_stored(configs, store)}, the same command goes on")
+
+
+def _stored(configs: Sequence[RunConfig], store: Store) -> str:
+    have = sum(store.get(config) is not None for config in configs)
+    return f"{have} of {len(configs)} runs are in the store"
 
 
 def _submit(arguments: argparse.Namespace) -> None:
@@ -412,8 +416,7 @@ def _submit(arguments: argparse.Namespace) -> None:
     if arguments.at_once > 1 and not arguments.local:
         raise MislasError("--at-once is for --local; Slurm decides itself how many jobs run at once")
     planned = cluster.cluster_jobs(configs, store, arguments.data_root, options, resources.tasks)
-    have = sum(store.get(config) is not None for config in configs)
-    print(f"{have} of {len(configs)} runs are in the store; jobs to do: {len(planned)}, each with {resources}")
+    print(f"{_stored(configs, store)}; jobs to do: {len(planned)}, each with {resources}")
     for job in planned:
         print(f"  {job}")
         for step in jobs(job.configs, store):
@@ -452,8 +455,7 @@ def _campaign(arguments: argparse.Namespace) -> None:
     budget = parse_budget(arguments.budget) if arguments.budget else None
     configs = wanted(arguments.dataset, arguments.imbalance, arguments.seed, overrides)
     planned, rates = jobs(configs, store), images_per_second(store).get(device_name(options.torch_device()), {})
-    have = sum(store.get(config) is not None for config in configs)
-    print(f"{have} of {len(configs)} runs are in the store; {len(planned)} jobs to do, most wanted first:")
+    print(f"{_stored(configs, store)}; {len(planned)} jobs to do, most wanted first:")
     seconds = [job.seconds_at(rates) for job in planned]
     for job, cost in zip(planned, seconds, strict=True):
         print(f"  {job}" + ("" if cost is None else f", about {cost / 60:.0f} min"))
@@ -470,9 +472,8 @@ def _campaign(arguments: argparse.Namespace) -> None:
     with cluster.stoppable():
         try:
             done = campaign(configs, store, arguments.data_root, options, budget)
-            have = sum(store.get(config) is not None for config in configs)
             more = "" if done else "; out of time, the same command goes on"
-            print(f"{have} of {len(configs)} runs are in the store{more}")
+            print(f"{_stored(configs, store)}{more}")
         finally:  # what was made until then is packed, too, if a run diverges or somebody stops it
             if packs:
                 print(f"{pack(configs, store, Path(arguments.pack))} files packed into {arguments.pack}")

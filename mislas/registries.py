@@ -6,8 +6,7 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .augment import MIXES
 from .config import SCHEDULES, RunConfig
@@ -17,6 +16,9 @@ from .metric import METRICS
 from .models import BACKBONES, CLASSIFIERS
 from .rules import RULES
 from .samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from .runs import Record
 
 #: By name. Methods and settings are no part of it: what they say is in a configuration itself.
 REGISTRIES: dict[str, dict[str, Any]] = {
@@ -47,15 +49,15 @@ def source_of(entry: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def check_sources(config: RunConfig, source: dict[str, Any], path: Path) -> None:
+def check_sources(record: Record) -> None:
     """Warn if the code of what a script registered for a stored run is no longer what the run was trained with."""
-    then = source.get("sources", {})
-    for registry, name, entry in entries_of([config]):
+    then = record.provenance.get("sources", {})
+    for registry, name, entry in entries_of([record.config]) if then else ():
         own, now = f"{registry}.{name}", source_of(entry)
         if now is not None and then.get(own, now) != now:
             warnings.warn(
-                f"{own} has changed since {path} was trained with it, and that record stays: give what you changed "
-                "another name, or delete the record to run again",
+                f"{own} has changed since {record.path} was trained with it, and that record stays: give what you "
+                "changed another name, or delete the record to run again",
                 stacklevel=3,
             )
 

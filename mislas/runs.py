@@ -363,10 +363,6 @@ def run(
     for asked in dict.fromkeys((c.backbone, spec_of(c.dataset).size, c.shifts) for c in configs):
         check_backbone(*asked)
     check_together(options, distributed.world())
-    asked = {step.id: step for config in configs for step in (config, config.stage1_only) if entries_of([step])}
-    for step in asked.values():
-        if (record := store.get(step)) is not None:
-            check_sources(step, record.provenance, record.path)
     left, diverged = configs, {}
     while True:
         try:
@@ -379,7 +375,10 @@ def run(
                 tqdm.write(f"{error}; going on with the other runs", file=sys.stderr)
     if diverged:
         raise MislasError("; ".join(map(str, diverged.values())))
-    return [store.get(config) for config in configs]
+    records = [store.get(config) for config in configs]
+    for record in records:
+        check_sources(record)
+    return records
 
 
 def _train(
@@ -534,6 +533,8 @@ def _run_group(
     else:
         stage1 = store.get_weights(first.stage1_only, data.num_classes)
         before = store.get(first.stage1_only)
+        if before is not None:
+            check_sources(before)
         if before is not None and before.provenance["data_checksum"] != data.checksum:
             warnings.warn(
                 f"Stage-1 {before.config.id} was trained on other data than {data.name} is here (checksum "

@@ -24,7 +24,7 @@ def class_balanced(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
     Raises:
         MislasError: a class without images, here and in the samplers below.
     """
-    return one_image_each(rng, targets, rng.integers(len(_counts(targets)), size=len(targets)))
+    return one_image_each(rng, targets, rng.integers(int(np.max(targets)) + 1, size=len(targets)))
 
 
 def reverse(rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:

@@ -333,9 +333,8 @@ def over_confidence(
     measured = study.side_by_side(dataset, asked)
     shown = [record for records in measured for record in records]
     gaps = [[gaps_by_group(record) for record in records] for records in measured]
-    known = [
-        key for key in (gaps_by_group(shown[0]) if shown else ()) if any(g[key] is not None for r in gaps for g in r)
-    ]
+    each = list(itertools.chain.from_iterable(gaps))
+    known = [key for key in (each[0] if each else ()) if any(gap[key] is not None for gap in each)]
     cells = {key: [_mean([gap[key] for gap in found], 100, 1) for found in gaps] for key in known}
     frame = pd.DataFrame(cells, index=list(methods))
     caption = (
@@ -663,8 +662,7 @@ def chosen(
     shown = [record for records in found for record in records]
     measured = all("held_out_nll" in record.metrics for record in shown) and all(found)
     alike = {key for key, value in changes[0].items() if all(other.get(key) == value for other in changes)}
-    columns = {"held_out_accuracy": HELD_OUT["held_out_accuracy"], "held_out_nll": HELD_OUT["held_out_nll"]}
-    columns |= {key: (f"test {MEASURES[key][0]}", *MEASURES[key][1:]) for key in ("accuracy", "ece", "nll")}
+    columns = HELD_OUT | {key: (f"test {MEASURES[key][0]}", *MEASURES[key][1:]) for key in ("accuracy", "ece", "nll")}
     means = [
         {key: statistics.mean(record.metrics[key] for record in records) for key in columns} if measured else {}
         for records in found

@@ -470,7 +470,7 @@ def test_the_second_stages_luck_is_small_and_most_of_it_is_what_batch_norm_forge
     for imbalance, widest, medium_classes in ((100, 2, 2), (50, 4, 1)):
         accuracy, medium = spreads("accuracy", imbalance), spreads("accuracy_medium", imbalance)
         assert max(accuracy.values()) == pytest.approx(0.3, abs=0.1)
-        assert max(spreads("ece", imbalance).values()) == pytest.approx(0.35, abs=0.1)
+        assert max(spreads("ece", imbalance).values()) == pytest.approx(0.3 if imbalance == 100 else 0.35, abs=0.1)
         assert medium.pop("MiSLAS") == pytest.approx(widest, abs=0.2)
         for calm in ("MiSLAS, cumulative", "MiSLAS without SL"):
             assert accuracy[calm] < 0.15
@@ -478,11 +478,13 @@ def test_the_second_stages_luck_is_small_and_most_of_it_is_what_batch_norm_forge
             if imbalance == 100:
                 assert accuracy[calm] == pytest.approx(0.1, abs=0.05)
                 assert spreads("accuracy_medium", 100)[calm] == pytest.approx(0.55, abs=0.1)
+        if imbalance == 100:
+            assert max(medium.values()) < 0.5
+            assert max(accuracy.values()) == accuracy["MiSLAS"]
         moving, cumulative, without = (draws("accuracy", name, imbalance) for name in list(REDRAWN)[2:])
         assert max(moving + cumulative) < min(without)
         counts = long_tailed_counts(5000, imbalance, 10)
         assert sum(20 <= count <= 100 for count in counts) == medium_classes
-    assert max(spreads("accuracy", 100), key=spreads("accuracy", 100).get) == "MiSLAS"
     moving = draws("accuracy", "MiSLAS", 100)
     assert moving[0] == max(moving)
     largest = draws("mce", "MiSLAS without SL", 100)

@@ -26,6 +26,7 @@ from mislas.models import (
     init_kaiming,
     load_backbone_weights,
     mix_branches,
+    native_bfloat16,
     stage1_model,
     use_float32_products,
 )
@@ -112,6 +113,26 @@ def test_float32_products_are_what_autocast_computes(convolution):
         one, two = plain(x), use_float32_products(copy.deepcopy(plain))(x)
     assert one.dtype == two.dtype == torch.bfloat16
     torch.testing.assert_close(one, two, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("onednn", "instructions", "native"),
+    [
+        (True, {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        (True, {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, True),
+        (True, {"architecture": "x86_64", "avx512_f": True, "avx512_bf16": False, "amx_bf16": True}, True),
+        (True, {"architecture": "arm64", "bf16": True}, True),
+        (False, {"architecture": "x86_64", "avx2": True}, False),
+        (False, {"architecture": "arm64", "bf16": True}, False),
+    ],
+)
+def test_bfloat16_is_native_only_where_there_are_instructions_for_it(monkeypatch, onednn, instructions, native):
+    """oneDNN says it supports bfloat16 numbers on every AVX-512 processor, also by emulation."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert native_bfloat16(torch.device("cpu")) is native
+    assert native_bfloat16(torch.device("cuda"))
 
 
 def test_outside_autocast_convolutions_stay_what_they_are(convolution):

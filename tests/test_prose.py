@@ -458,7 +458,9 @@ def test_the_second_stages_luck_is_small_and_most_of_it_is_what_batch_norm_forge
     assert said(page, "within little more than a tenth of a point, and the medium classes within about half a point")
     assert said(page, "no draw with it, of either kind, reaches the worst without")
     assert said("book/report.md", "of three draws of MiSLAS with the shift, none reaches the worst of three without")
-    assert said(page, "and at 100, without SL, one draw's is more than twice another's")
+    assert said(page, "at 10 both lie within about two.")
+    assert said(page, "at 10: there no draw without it reaches the worst with it, of either kind.")
+    assert said(page, "and at 100, without SL, one draw's is more than twice another's, and at 10, of cRT+mixup, four")
 
     def draws(measure, name, imbalance):
         return [mean(measure, method, imbalance, changes) for method, changes in REDRAWN[name]]
@@ -489,6 +491,12 @@ def test_the_second_stages_luck_is_small_and_most_of_it_is_what_batch_norm_forge
     assert moving[0] == max(moving)
     largest = draws("mce", "MiSLAS without SL", 100)
     assert max(largest) > 2 * min(largest)
+    largest = draws("mce", "cRT+mixup", 10)
+    assert max(largest) > 4 * min(largest)
+    assert max(spreads("accuracy", 10).values()) == pytest.approx(0.15, abs=0.05)
+    assert max(spreads("ece", 10).values()) == pytest.approx(0.2, abs=0.05)
+    moving, cumulative, without = (draws("accuracy", name, 10) for name in list(REDRAWN)[2:])
+    assert min(moving + cumulative) == pytest.approx(max(without) + 0.5, abs=0.1)
     assert pytest.approx(0.88, abs=0.01) == 1 - 0.9**20
 
 

@@ -9,6 +9,7 @@ import difflib
 import io
 import itertools
 import json
+import math
 import os
 import sys
 import textwrap
@@ -25,9 +26,9 @@ from tqdm import tqdm
 from . import __version__, cluster, distributed
 from .archive import merge, pack
 from .batches import plain_images
-from .campaign import campaign, images_per_second, jobs, parse_budget, wanted
+from .campaign import campaign, estimate, images_per_second, jobs, parse_budget, wanted
 from .config import RunConfig, assignment, check_type, field_names, locate, takes_text, value_of
-from .data import LISTS, SPECS, load
+from .data import LISTS, SPECS, dataset_name, load
 from .errors import MislasError, RecordError
 from .evaluate import BINS, predict, summarise
 from .lists import check, load_lists
@@ -59,7 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # of a terminal without dashes or Greek
     arguments = _parser().parse_args(argv)
     first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
-    warnings.showwarning = lambda message, *_: first and print(f"mislas: warning: {message}", file=sys.stderr)
+    warned = set()
+
+    def warn(message: Warning | str, *_) -> None:
+        if first and str(message) not in warned:  # once, however many runs it is about
+            warned.add(str(message))
+            print(f"mislas: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = warn
     try:
         together = contextlib.nullcontext()
         if arguments.call in (_train, _campaign):
@@ -299,6 +307,15 @@ def _add_merge(commands: argparse._SubParsersAction, parents: list[argparse.Argu
 def _add_list_and_show(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     listing = commands.add_parser("list", parents=parents, help="list finished runs, methods or datasets")
     listing.add_argument("what", nargs="?", choices=("runs", "methods", "datasets"), default="runs")
+    for key, metavar in (("dataset", "NAME"), ("imbalance", "IF"), ("method", "NAME"), ("seed", "N")):
+        listing.add_argument(
+            f"--{key}",
+            type={"imbalance": float, "seed": int}.get(key, str),
+            nargs="+",
+            default=[],
+            metavar=metavar,
+            help=f"only runs of such a {key}" if key != "imbalance" else "only runs of such an imbalance factor",
+        )
     listing.add_argument("--csv", action="store_true", help="every measure of every run, as comma-separated values")
     listing.set_defaults(call=_list)
 
@@ -350,14 +367,15 @@ def _store(arguments: argparse.Namespace, read: bool = False) -> Store:
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """``["epochs=20", "form=linear"]`` to ``{"epochs": 20, "form": "linear"}``; values are JSON or text."""
+    """``["epochs=20", "form=linear"]`` to ``{"epochs": 20, "form": "linear"}``; values are JSON, Python's words for
+    true, false and null, or text."""
     overrides = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise MislasError(f"--set takes FIELD=VALUE, got {pair!r}")
         try:
-            value = json.loads(text)
+            value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except json.JSONDecodeError:
             value = text
         if key in WHICH:
@@ -375,13 +393,15 @@ def _configs(arguments: argparse.Namespace) -> list[RunConfig]:
         try:
             configs.append(configure(arguments.dataset, method, imbalance, seed, overrides))
         except MislasError as error:
+            if "," in method and method not in METHODS:
+                raise MislasError(f"--method takes names with spaces between them, got {method!r}") from error
             if len(arguments.method) == 1 or method not in METHODS:
                 raise
             raise MislasError(f"{method}: {error}") from error
     for key, value in overrides.items():
         where, field = locate(key)
         there = [config for config in configs if where != "stage2" or config.stage2]
-        if there and all(value_of(config, key) != check_type(key, value, where, field) for config in there):
+        if all(value_of(config, key) != check_type(key, value, where, field) for config in there):
             warnings.warn(f"--set {assignment(key, value)} changes nothing in any of these runs", stacklevel=2)
     return configs
 
@@ -454,9 +474,10 @@ def _campaign(arguments: argparse.Namespace) -> None:
     store, overrides, options = _store(arguments), parse_overrides(arguments.set), _options(arguments)
     budget = parse_budget(arguments.budget) if arguments.budget else None
     configs = wanted(arguments.dataset, arguments.imbalance, arguments.seed, overrides)
-    planned, rates = jobs(configs, store), images_per_second(store).get(device_name(options.torch_device()), {})
+    planned, rates = jobs(configs, store), images_per_second(store)
+    here = rates.get(device_name(options.torch_device()), {})
     print(f"{_stored(configs, store)}; {len(planned)} jobs to do, most wanted first:")
-    seconds = [job.seconds_at(rates) for job in planned]
+    seconds = [job.seconds_at(here) for job in planned]
     for job, cost in zip(planned, seconds, strict=True):
         print(f"  {job}" + ("" if cost is None else f", about {cost / 60:.0f} min"))
     if planned and None not in seconds:
@@ -464,6 +485,8 @@ def _campaign(arguments: argparse.Namespace) -> None:
             f"  about {sum(seconds) / 3600:.1f} h in all, at the rates of the store's runs on this device"
             + (", one after another" if options.together > 1 else "")
         )
+    elif elsewhere := estimate(planned, rates):
+        print(f"  {elsewhere}; of this device the store has too few runs to tell")
     if arguments.dry_run:
         return
     packs = arguments.pack and distributed.rank() == 0
@@ -520,7 +543,10 @@ def _eval(arguments: argparse.Namespace) -> None:
         metrics, predictions = summarise(logits, data.test_targets, data.groups)
         print(f"from weights: accuracy {metrics['accuracy']:.4f}, recorded {record.metrics['accuracy']:.4f}")
     bins = predictions.reliability(arguments.bins)
-    print(f"accuracy {predictions.correct.mean():.4f}  ECE {bins.ece:.4f}  MCE {bins.mce:.4f}  ({arguments.bins} bins)")
+    print(
+        f"accuracy {predictions.correct.mean():.4f}  confidence {predictions.confidence.mean():.4f}  "
+        f"ECE {bins.ece:.4f}  MCE {bins.mce:.4f}  ({arguments.bins} bins)"
+    )
     print("bin             images  accuracy  confidence")
     for low, high, count, accuracy, confidence in zip(
         bins.edges, bins.edges[1:], bins.count, bins.accuracy, bins.confidence, strict=False
@@ -533,20 +559,24 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _print_runs(records: Sequence[Record]) -> None:
     print(
-        f"{'run':12}  {'dataset':16}  {'IF':>5}  {'method':18}  {'seed':>4}  {'accuracy':>8}  {'ECE':>6}  {'date':10}  "
-        "changed"
+        f"{'run':12}  {'dataset':16}  {'IF':>5}  {'method':18}  {'seed':>4}  {'accuracy':>8}  {'confidence':>10}  "
+        f"{'ECE':>6}  {'date':10}  changed"
     )
     for record in records:
         c, m = record.config, record.metrics
         print(
-            f"{c.id:12}  {c.dataset:16}  {c.imbalance:5g}  {c.method:18}  {c.seed:4d}  "
-            f"{m['accuracy']:8.4f}  {m['ece']:6.4f}  {record.provenance['date'][:10]:10}  {changed(c)}".rstrip()
+            f"{c.id:12}  {c.dataset:16}  {c.imbalance:5g}  {c.method:18}  {c.seed:4d}  {m['accuracy']:8.4f}  "
+            f"{m.get('confidence', math.nan):10.4f}  {m['ece']:6.4f}  {record.provenance['date'][:10]:10}  "
+            f"{changed(c)}".rstrip()
         )
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    if arguments.csv and arguments.what != "runs":
-        raise MislasError(f"--csv is of runs, not of {arguments.what}")
+    only = {key: getattr(arguments, key) for key in ("dataset", "imbalance", "method", "seed")}
+    only = {key: values for key, values in only.items() if values}
+    options = [*["csv"] * arguments.csv, *only]
+    if options and arguments.what != "runs":
+        raise MislasError(f"--{options[0]} is of runs, not of {arguments.what}")
     if arguments.what == "methods":
         width = max(map(len, METHODS))
         for name, method in METHODS.items():
@@ -561,14 +591,20 @@ def _list(arguments: argparse.Namespace) -> None:
             )
         return
     store = _store(arguments, read=True)
+    if "dataset" in only:
+        only["dataset"] = [dataset_name(name) for name in only["dataset"]]
+    records = [r for r in store if all(getattr(r.config, key) in values for key, values in only.items())]
+    if only and not records:
+        asked = "; ".join(f"{key} {', '.join(map(str, values))}" for key, values in only.items())
+        raise MislasError(f"no run in the store {store.root} is of {asked}; 'mislas list' shows what is")
     if arguments.csv:
-        rows = [record.row() for record in store]
+        rows = [record.row() for record in records]
         writer = csv.DictWriter(sys.stdout, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return
-    _print_runs(list(store))
-    for checkpoint in store.under_way():
+    _print_runs(records)
+    for checkpoint in [] if only else store.under_way():
         print(f"under way: {checkpoint}")
 
 

@@ -41,7 +41,10 @@ class ForeignRecord(RecordError):
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     """Raise :class:`UnknownName`, the known names listed with the nearest first."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    said = str(name).lower()
+    near = [k for k in known if k.lower() == said] or difflib.get_close_matches(said, known, n=3, cutoff=0.5)
+    ratio = {k: difflib.SequenceMatcher(None, k, said).ratio() for k in near}
+    near.sort(key=lambda k: (-ratio[k], k.rpartition(".")[0]))  # stage1.epochs before stage2.epochs
     near += [k for k in known if k not in near and k.rpartition(".")[2].startswith(str(name))]
     hint = f"; did you mean {near[0]!r}?" if near else "."
     rest = [n for n in known if n not in near]

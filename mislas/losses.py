@@ -75,7 +75,10 @@ def smoothing_factors(
 def check_smoothing(eps_1: float, eps_k: float, form: str, power: float | None) -> None:
     """Raise :class:`MislasError` if the settings of label-aware smoothing are outside their range."""
     if not 0 <= eps_k <= eps_1 <= 1:
-        raise MislasError(f"label-aware smoothing needs 0 <= eps_k <= eps_1 <= 0.5, got eps_1={eps_1}, eps_k={eps_k}")
+        raise MislasError(
+            "label-aware smoothing is for 0 <= eps_k <= eps_1 <= 0.5 (with a warning up to 1), got "
+            f"eps_1={eps_1}, eps_k={eps_k}"
+        )
     if eps_1 > 0.5:
         warnings.warn(f"eps_1={eps_1} is outside the paper's range 0 <= eps_k <= eps_1 <= 0.5", stacklevel=3)
     if form not in FORMS:

@@ -252,7 +252,10 @@ class Study:
             and all(type(seed) is int and seed >= 0 for seed in seeds)
             and len(set(seeds)) == len(seeds)
         ):
-            raise MislasError(f"seeds is a list of different integers >= 0, such as [0, 1, 2], or null, got {seeds!r}")
+            raise MislasError(
+                "seeds is a list of different integers >= 0, [0, 1], for papermill -y '{seeds: [0, 1]}', or null; got "
+                f"{seeds!r}"
+            )
         if profile == "full" and (data_root is None or not Path(data_root).expanduser().is_dir()):
             raise DataError(f"profile 'full' needs data_root, an existing folder with the images, got {data_root!r}")
         if profile == "stored" and results_root is not None and not Path(results_root).expanduser().is_dir():
@@ -442,6 +445,12 @@ class Study:
         imbalances = [] if first in LISTS else imbalances
         some = next(iter(imbalances), None)
         configs = [configure(first, method, some, 0, fields) for method in methods or ("ce",)]
+        if methods is not None:  # what changes nothing in any of these is an override for other rows
+            fields = {
+                key: value
+                for key, value in fields.items()
+                if any(value_of(config, key) == check_type(key, value, *locate(key)) for config in configs)
+            }
         own = entries_of(configs) or any(_LIBRARY.get(method) is not METHODS[method] for method in methods or ())
         parts = [f"{'python SCRIPT.py' if own else 'mislas'} {name} --dataset {first}"]
         if imbalances:

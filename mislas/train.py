@@ -102,7 +102,9 @@ class Options:
                 torch.backends.cudnn.allow_tf32 = False
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
-            raise MislasError(f"device {self.device!r} cannot be used here ({reason}); try 'cpu', or None") from error
+            raise MislasError(
+                f"device {self.device!r} cannot be used here ({reason}); try 'cpu', or name none"
+            ) from error
         if device.type not in ("cpu", "cuda"):  # others lack float64, or autocast
             raise MislasError(f"device {self.device!r} is not supported; use 'cpu', 'cuda' or None")
         return device

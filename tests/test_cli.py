@@ -19,7 +19,8 @@ from mislas.models import BACKBONES
 from mislas.runs import Store, run
 from mislas.train import Options
 
-QUICK = ["--imbalance", "10", "--quiet", "--device", "cpu", "--set", "epochs=2", "stage2.epochs=1"]
+SHORT = ["--imbalance", "10", "--quiet", "--device", "cpu", "--set", "epochs=2"]
+QUICK = [*SHORT, "stage2.epochs=1"]
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,11 @@ def test_train_stores_what_list_shows(store, capsys):
 
 
 def test_list_tells_runs_of_one_method_apart_by_what_they_change(store, made_up, capsys):
-    assert [row[8:] for row in printed_runs(capsys, store)] == [["epochs=2"], ["epochs=2", "stage2.epochs=1"]]
+    assert [row[9:] for row in printed_runs(capsys, store)] == [["epochs=2"], ["epochs=2", "stage2.epochs=1"]]
     for changes in ({}, {"mixup": 1.0}, {"backbone": "resnet14", "schedule": "cosine"}):
         made_up("digits", "ce", changes)
     made_up("digits", "mixup", {"epochs": 2, "mixup": None})
-    assert {" ".join(row[8:]) for row in printed_runs(capsys, str(made_up.root))} == {
+    assert {" ".join(row[9:]) for row in printed_runs(capsys, str(made_up.root))} == {
         "", "mixup=1.0", "backbone=resnet14 schedule=cosine", "epochs=2 mixup=null",
     }  # fmt: skip
 
@@ -143,11 +144,70 @@ def test_what_set_changes_in_no_run_is_said(tmp_path, capsys, monkeypatch):
     command = ["train", "--dataset", "digits", "--results-root", str(tmp_path), "--method", "ce", "mislas"]
     assert main([*command, "--set", "eps_1=0.1", "stage2.epochs=1", "gamma=2"]) == 0
     assert capsys.readouterr().err == "mislas: warning: --set gamma=2 changes nothing in any of these runs\n"
+    assert main([*command[:-1], "--set", "eps_1=0.1"]) == 0  # no run has a second stage
+    assert capsys.readouterr().err == "mislas: warning: --set eps_1=0.1 changes nothing in any of these runs\n"
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_warning_is_said_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda *_: [])
+    command = ["train", "--dataset", "digits", "--method", "mislas", "--results-root", str(tmp_path)]
+    assert main([*command, "--seed", "0", "1", "--set", "eps_1=0.7"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "eps_1=0.7 is outside the paper's range" in line
+
+
+def test_list_takes_what_it_is_to_show(store, capsys):
+    def methods(*only):
+        assert main(["list", "--results-root", store, *only]) == 0
+        return [line.split()[3] for line in capsys.readouterr().out.splitlines()[1:]]
+
+    assert methods("--method", "lws") == ["lws"]
+    assert methods("--dataset", "digits-lt", "--imbalance", "10", "50", "--seed", "0") == ["ce", "lws"]
+    assert main(["list", "--results-root", store, "--method", "lws", "--csv"]) == 0
+    assert [row["method"] for row in csv.DictReader(capsys.readouterr().out.splitlines())] == ["lws"]
+    assert main(["list", "--results-root", store, "--method", "crt", "--seed", "1", "2"]) == 2
+    assert "is of method crt; seed 1, 2; 'mislas list' shows what is" in capsys.readouterr().err
+    assert main(["list", "methods", "--seed", "1"]) == 2
+    assert "--seed is of runs, not of methods" in capsys.readouterr().err
+
+
+def test_list_and_eval_show_confidence_beside_accuracy(store, capsys):
+    row = printed_runs(capsys, store)[0]
+    (record,) = [record for record in Store(store) if record.config.id == row[0]]
+    assert [float(value) for value in row[5:8]] == [
+        pytest.approx(record.metrics[name], abs=5e-5) for name in ("accuracy", "confidence", "ece")
+    ]
+    assert main(["eval", row[0], "--results-root", store]) == 0
+    assert f"accuracy {row[5]}  confidence {row[6]}  ECE {row[7]}" in capsys.readouterr().out
+
+
+def test_set_takes_pythons_words_too():
+    assert parse_overrides(["shift_bn=True", "attention=False", "mixup=None", "form=linear"]) == {
+        "shift_bn": True, "attention": False, "mixup": None, "form": "linear",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("MiSLAS", "did you mean 'mislas'?"), ("LWS+mixup", "did you mean 'lws+mixup'?"), ("ce,mislas", "with spaces")],
+)
+def test_a_methods_title_or_a_comma_is_understood(method, said, capsys):
+    assert main(["train", "--dataset", "digits", "--method", method]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_plan_names_a_device_that_the_store_knows_where_it_does_not_know_this_one(store, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "device_name", lambda device: "a laptop")
+    command = ["campaign", "--dataset", "digits", "--imbalance", "10", "--results-root", store, "--dry-run"]
+    assert main(command) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.search(r"(about|more than) \d+\.\d h on .*CPU.*; of this device the store has too few runs to tell", last)
 
 
 def test_a_store_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").touch()
-    command = ["train", "--dataset", "digits", "--method", "ce", "--results-root", str(tmp_path / "file"), *QUICK]
+    command = ["train", "--dataset", "digits", "--method", "ce", "--results-root", str(tmp_path / "file"), *SHORT]
     assert main(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"Not a directory: '{tmp_path / 'file'}" in line
@@ -159,7 +219,7 @@ def test_ctrl_c_is_one_line(store, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mislas.cli.run", run)
-    assert main(["train", "--dataset", "digits", "--method", "ce", "--results-root", store, *QUICK]) == 130
+    assert main(["train", "--dataset", "digits", "--method", "ce", "--results-root", store, *SHORT]) == 130
     assert capsys.readouterr().err == (
         "mislas: stopped; the same command goes on from what is stored or checkpointed\n"
     )
@@ -170,7 +230,7 @@ def test_a_gpu_that_is_too_small_is_one_line(store, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 MiB.")
 
     monkeypatch.setattr("mislas.cli.run", run)
-    assert main(["train", "--dataset", "digits", "--method", "ce", "--results-root", store, *QUICK]) == 2
+    assert main(["train", "--dataset", "digits", "--method", "ce", "--results-root", store, *SHORT]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "CUDA out of memory. Tried to allocate 20.00 MiB." in line
 

@@ -202,6 +202,7 @@ def test_no_overrides_change_nothing():
     [
         ("stage2.eps1", "stage2.eps_1"),
         ("epoch", "stage1.epochs"),
+        ("stage1.Epochs", "stage1.epochs"),
         ("stage1.eps_1", "stage2.eps_1"),
         ("stage3.lr", "stage1.lr"),
         ("sed", "seed"),

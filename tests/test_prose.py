@@ -24,6 +24,7 @@ from mislas.study import (
     GRID,
     LEARNED,
     REDRAWN,
+    SHORT,
     THEIR_FACTORS,
     UNSEEN,
     Study,
@@ -264,12 +265,13 @@ def test_errors_by_true_and_by_predicted_class():
     assert images["many"] < 0 < images["medium"]
     assert answers["largest"] > answers["many"] > 0 > answers["medium"]
     assert said(
-        page, "After MiSLAS the largest errors of either are gone, but for one: of images *of* the largest class"
+        page, "After MiSLAS the largest errors of either are gone, and a new one has come: of images *of* the largest"
     )
     for before, after in zip((images, answers), by_answers("mislas"), strict=True):
         worst = max(before, key=lambda name: abs(before[name]))
         assert abs(after[worst]) < abs(before[worst]) / 4
         assert max(abs(gap) for name, gap in after.items() if name != "largest") < 11
+    assert abs(images["largest"]) < 2
     assert next(iter(by_answers("mislas")))["largest"] < -20
 
 
@@ -498,6 +500,21 @@ def test_the_second_stages_luck_is_small_and_most_of_it_is_what_batch_norm_forge
     moving, cumulative, without = (draws("accuracy", name, 10) for name in list(REDRAWN)[2:])
     assert min(moving + cumulative) == pytest.approx(max(without) + 0.5, abs=0.1)
     assert pytest.approx(0.88, abs=0.01) == 1 - 0.9**20
+
+
+def test_which_exponent_of_the_norms_comes_near_lws():
+    page = "notebooks/figure2.ipynb"
+    assert said(page, "On Tiny-ImageNet without mixup that is a little more than a half.")
+    assert said(page, "With mixup the ratio of LWS is above 1")
+
+    def ratio(method, tau=0.0):
+        (record,) = STUDY.runs("tinyimagenet64", method, 100, SHORT)
+        norms, counts = (record.arrays()[name] for name in ("weight_norm", "class_counts"))
+        scaled = norms ** (1 - tau)
+        return scaled[counts < 20].mean() / scaled[counts > 100].mean()
+
+    assert ratio("ce", 0.5) < ratio("lws") < ratio("ce", 0.6)
+    assert ratio("lws+mixup") > 1
 
 
 def test_in_figure_3():

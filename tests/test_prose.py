@@ -265,14 +265,14 @@ def test_errors_by_true_and_by_predicted_class():
     assert images["many"] < 0 < images["medium"]
     assert answers["largest"] > answers["many"] > 0 > answers["medium"]
     assert said(
-        page, "After MiSLAS the largest errors of either are gone, and a new one has come: of images *of* the largest"
+        page, "After MiSLAS the largest errors of either are gone, and another has grown: of images *of* the largest"
     )
     for before, after in zip((images, answers), by_answers("mislas"), strict=True):
         worst = max(before, key=lambda name: abs(before[name]))
         assert abs(after[worst]) < abs(before[worst]) / 4
         assert max(abs(gap) for name, gap in after.items() if name != "largest") < 11
-    assert abs(images["largest"]) < 2
-    assert next(iter(by_answers("mislas")))["largest"] < -20
+    assert next(iter(by_answers("mislas")))["largest"] < min(-20, 2.5 * images["largest"])
+    assert abs(next(iter(by_answers("ce")))["largest"]) < 2
 
 
 def test_what_a_temperature_does_to_answers():

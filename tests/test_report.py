@@ -298,7 +298,7 @@ def test_gaps_are_those_of_the_seeds_and_overrides_asked_for(tmp_path):
     assert table.frame.iloc[-1][["IF", "runs missing"]].tolist() == ["1", "4 of 4"]
     assert table.caption == "What is not measured yet, seeds 1, 2."
     changed, end = "--set stage2.epochs=3", f"--data-root DIR --results-root {tmp_path}"
-    train = f"mislas train --dataset cifar10 --imbalance 1 --method ce --seed 1 2 {changed} backbone=resnet32"
+    train = "mislas train --dataset cifar10 --imbalance 1 --method ce --seed 1 2 --set backbone=resnet32"
     assert table.notes == [
         f"[1] `mislas campaign --dataset cifar10 --seed 1 2 {changed} {end}`",
         f"[2] `{train} {end}`, `{train} n_max=1240 {end}`",

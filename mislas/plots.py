@@ -180,9 +180,10 @@ def missing_commands(
 def missing_variants(
     study: Study, dataset: str, method: str, changes: Sequence[dict[str, Any]], imbalance: float = 100
 ) -> list[str]:
-    """The command that measures variants of a method, if any has not been measured."""
+    """The command that measures variants of a method, if any has not been measured with every seed asked for."""
     found = study.sweep(dataset, method, changes, imbalance)
-    return [] if all(found) else [study.campaign_command(dataset, [imbalance])]
+    missing = study.missing([(method, imbalance, change) for change in changes], found)
+    return [study.campaign_command(dataset, [imbalance])] if missing else []
 
 
 # ----------------------------------------------------------------------------------------------------------- Table 5

@@ -457,6 +457,7 @@ def shift_statistics(
 
     Raises:
         MislasError: a network without batch norm.
+        OutOfTime: the options' deadline is here. Nothing is checkpointed; the shift starts again.
     """
     config = configs[0]
     epochs = config.stage2.shift_epochs
@@ -465,6 +466,7 @@ def shift_statistics(
     batches = batches_of(data, plain, "shift", config.stage2_seed, options)
     train_batch_norm(network)
     average = CumulativeStatistics(network) if config.stage2.shift_average is not None else None
+    clock = _Clock(options, 0.0)
     with torch.no_grad(), progress_bar(configs, "shift", epochs * len(data.train_targets), options) as bar:
         for epoch in range(epochs):
             for batch in batches.epoch(epoch, config.stage2.shift_sampler or "class_balanced"):
@@ -472,6 +474,9 @@ def shift_statistics(
                 if average is not None:
                     average.update()
                 bar.update(len(batch.targets))
+                if clock.late():
+                    network.eval()
+                    raise OutOfTime("stopped within the shift of batch norm, which starts again")
     network.eval()
 
 

@@ -90,6 +90,8 @@ def test_matrix_shows_measured_cells_marks_and_stars(made_up):
     assert "cifar10, seed 0" in figure.get_suptitle()
     assert missing_variants(study, "cifar10", "mislas", GRID) == [study.campaign_command("cifar10", [100])]
     assert missing_variants(study, "cifar10", "mislas", [{}]) == []
+    both = Study("stored", results_root=study.store.root, seeds=[0, 1])  # the second has not been measured
+    assert missing_variants(both, "cifar10", "mislas", [{}]) == [both.campaign_command("cifar10", [100])]
 
 
 def test_violin_names_an_empty_group_and_a_missing_half(made_up):

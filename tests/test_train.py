@@ -782,6 +782,13 @@ def test_out_of_time_stops_after_an_epoch_with_a_checkpoint(digits, options, tmp
     assert torch.load(tmp_path / "checkpoint")["epoch"] == 1
 
 
+def test_a_shift_does_not_outlast_the_deadline(digits, stage1, options, monkeypatch):
+    config = digits_config("crt", **{"stage2.shift_epochs": 2})
+    monkeypatch.setattr("mislas.train.time", SimpleNamespace(monotonic=lambda: 10.0))
+    with pytest.raises(OutOfTime, match="within the shift of batch norm, which starts again"):
+        train_stage2([config], stage1, digits, replace(options, deadline=5))
+
+
 def test_an_epoch_does_not_outlast_the_deadline(digits, options, tmp_path, monkeypatch):
     """It is looked for between two steps. What the epochs before have done is kept."""
     now, path, config = [0.0], tmp_path / "checkpoint", digits_config("ce", epochs=3)

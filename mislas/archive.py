@@ -55,12 +55,16 @@ def pack(configs: Iterable[RunConfig], store: Store, archive: Path) -> int:
         found |= {_name(record.config, path.suffix): path.read_bytes() for path in paths if path.exists()}
     old_records, old = checked(kept, archive)
     new_records, new = checked(found, store.root)
-    further = {name: found[name] for name, (_, epoch) in new.items() if name in old and epoch > old[name][1]}
-    members = found | kept | further
+    members, names = found | kept, {tuple(runs): name for name, (runs, _) in old.items()}
+    for name, (runs, epoch) in new.items():
+        before = names.get(tuple(runs))  # it may be called by another name of the same method
+        if before is not None:
+            del members[name]
+            members[before] = found[name] if epoch > old[before][1] else kept[before]
     finished = _finished([*old_records.values(), *new_records.values()], members)
     for name, (runs, _) in (old | new).items():
         if finished.issuperset(runs):
-            del members[name]
+            members.pop(name, None)
 
     def write(handle: io.BufferedWriter) -> None:
         with tarfile.open(fileobj=handle, mode="w") as tar:
@@ -90,7 +94,7 @@ def merge(archive: Path, store: Store) -> list[Record]:
     """
     members = _read_archive(archive)
     records, checkpoints = checked(members, archive)
-    writes = []
+    writes: list[tuple[Path, str]] = []
     for stem, record in records.items():
         existing = store.get(record.config)
         if existing is not None and existing.metrics != record.metrics:
@@ -99,18 +103,18 @@ def merge(archive: Path, store: Store) -> list[Record]:
                 f"{existing.path} to take the archive's, or leave the archive alone"
             )
         lacks = [s for s in _SUFFIXES if existing is None or not store.find(record.config, s).exists()]
-        writes += [stem + suffix for suffix in lacks if stem + suffix in members]
+        writes += [(store.root / name, name) for name in (stem + suffix for suffix in lacks) if name in members]
     there = [path for runs, _ in checkpoints.values() for run in runs for path in store.root.glob(f"*/*-{run}.*")]
     known = [read_record(path) for path in there if path.suffix == ".json"]
     finished = _finished([*records.values(), *known], [*members, *map(str, there)])
-    for name, (runs, epoch) in checkpoints.items():
-        path = store.root / name
+    for name, (runs, epoch) in sorted(checkpoints.items(), key=lambda item: item[1][1]):  # the furthest on comes last
+        path = store.known(store.root / name)
         stored = _read_checkpoint(path.read_bytes(), path)[1] if path.exists() else -1
         if epoch > stored and not finished.issuperset(runs):
-            writes.append(name)
-    for name in writes:
-        write_atomically(store.root / name, lambda handle, name=name: handle.write(members[name]))
-    return [read_record(store.root / name) for name in writes if name.endswith(".json")]
+            writes.append((path, name))
+    for path, name in writes:
+        write_atomically(path, lambda handle, name=name: handle.write(members[name]))
+    return [read_record(path) for path, _ in writes if path.suffix == ".json"]
 
 
 def _name(config: RunConfig, suffix: str) -> str:

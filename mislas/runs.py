@@ -145,8 +145,15 @@ class Store:
 
     def find(self, config: RunConfig, suffix: str = ".json") -> Path:
         """Where a run's file is, whatever name it was stored under, or where it would go."""
-        path = self.path(config, suffix)
-        return next(iter(path.parent.glob(f"*-{config.id}{suffix}")), path)
+        return self.known(self.path(config, suffix))
+
+    @staticmethod
+    def known(path: Path) -> Path:
+        """The file that ends in the same identity as ``path`` and lies beside it, whatever its name begins with;
+        ``path`` itself if it or none is there."""
+        if path.exists():
+            return path
+        return next(iter(path.parent.glob(f"*-{path.stem.rpartition('-')[2]}{path.suffix}")), path)
 
     def get(self, config: RunConfig) -> Record | None:
         """The record of a run, or None if it has not been measured."""
@@ -172,11 +179,15 @@ class Store:
             warnings.warn(f"left out: {foreign[0]}{more}", stacklevel=2)
 
     def checkpoint(self, group: Sequence[RunConfig]) -> Path:
-        """Where runs that train together keep their checkpoint: a name that no other group has."""
-        path = self.path(group[0], ".ckpt")
+        """Where the checkpoint of runs that train together is, or would go; no other group has it."""
         if len(group) == 1:
-            return path
-        return path.with_name(f"together-s{group[0].seed}-{group_id([config.id for config in group])}.ckpt")
+            return self.find(group[0], ".ckpt")
+        name = f"together-s{group[0].seed}-{group_id([config.id for config in group])}.ckpt"
+        return self.path(group[0], ".ckpt").with_name(name)
+
+    def lock(self, group: Sequence[RunConfig]) -> Path:
+        """The lock of runs that train together, named by what they are: one method may go by several names."""
+        return self.path(group[0], "").with_name(f"{group_id([config.id for config in group])}.lock")
 
     def under_way(self) -> list[Path]:
         """Checkpoints of runs that have not finished."""
@@ -453,7 +464,7 @@ def _done(group: Sequence[RunConfig], store: Store) -> bool:
 def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Options) -> Iterator[None]:
     """Keep these runs for this process; first wait for another that trains them into the same store.
 
-    A checkpoint has a lock beside it, which is free again when its process ends, however that ends. Processes that
+    Runs that train together have a lock, which is free again when its process ends, however that ends. Processes that
     train one run together take none: while one of them waits, the others would give it up.
 
     Raises:
@@ -463,22 +474,22 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
     if distributed.world() > 1:
         yield
         return
-    paths = sorted(store.checkpoint(group).with_suffix(".lock") for group in groups)  # so nobody waits in a circle
+    locks = sorted((store.lock(group), store.checkpoint(group).stem) for group in groups)  # so no circle waits
     acquired = []
     with contextlib.ExitStack() as held:
-        for path in paths:
+        for path, name in locks:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path)
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 if options.progress:
-                    tqdm.write(f"another process trains {path.stem}: waiting for it", file=sys.stderr)
+                    tqdm.write(f"another process trains {name}: waiting for it", file=sys.stderr)
                 left = -1 if options.deadline is None else max(0, options.deadline - time.monotonic())
                 try:
                     lock.acquire(timeout=left, poll_interval=0.5)
                 except Timeout:
-                    raise OutOfTime(f"another process still trains {path.stem}") from None
+                    raise OutOfTime(f"another process still trains {name}") from None
             except NotImplementedError:
                 continue
             except OSError:

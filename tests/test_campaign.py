@@ -260,15 +260,28 @@ def test_merge_adds_what_is_new_and_leaves_what_is_there(full, tmp_path):
     assert files(store) == files(full)
 
 
+@pytest.mark.parametrize("method", ["ce", "temperature"])  # one Stage-1, whichever the other machine was asked for
 @pytest.mark.parametrize(("stored", "packed"), [(5, 3), (3, 5)])
-def test_merge_keeps_the_checkpoint_that_is_further_on(tmp_path, stored, packed):
+def test_merge_keeps_the_checkpoint_that_is_further_on(tmp_path, stored, packed, method):
     store, ce = Store(tmp_path / "store"), configs()[0]
     path = store.checkpoint([ce])
     path.parent.mkdir(parents=True)
     path.write_bytes(checkpoint(tmp_path / "own.ckpt", [ce.id], stored))
     content = checkpoint(tmp_path / "other.ckpt", [ce.id], packed)
-    merge(write(tmp_path / "a.tar", {path.relative_to(store.root).as_posix(): content}), store)
+    name = Store("").checkpoint([replace(ce, method=method)]).as_posix()
+    merge(write(tmp_path / "a.tar", {name: content}), store)
+    assert store.under_way() == [path]
     assert torch.load(path, weights_only=True)["epoch"] == 5
+
+
+def test_an_archive_has_one_checkpoint_of_a_run_whatever_it_is_called(tmp_path):
+    ce, archive = configs()[0], tmp_path / "a.tar"
+    for epoch, method, kept in ((2, "ce", 2), (1, "plain", 2), (3, "plain", 3)):
+        store = Store(tmp_path / f"{epoch}")
+        checkpoint(store.checkpoint([replace(ce, method=method)]), [ce.id], epoch)
+        assert pack([ce], store, archive) == 1
+        (content,) = members(archive).values()
+        assert torch.load(io.BytesIO(content))["epoch"] == kept
 
 
 def test_merge_passes_over_the_checkpoints_of_finished_runs(full, tmp_path):

@@ -98,6 +98,23 @@ def test_a_configuration_under_another_name_is_the_same_run(store, calls):
     assert calls == []
 
 
+def test_a_run_goes_on_from_its_checkpoint_under_another_name(full, tmp_path, killed):
+    """And no other process trains it meanwhile: the lock, too, is of what it is."""
+    store, renamed = Store(tmp_path), replace(CE, method="plain")
+    with killed(15):
+        run(renamed, store, options=replace(OPTIONS, checkpoint_every=0))
+    (path,) = store.under_way()
+    assert path.name.startswith("plain-s0-")
+    assert store.checkpoint([CE]) == path
+    assert store.lock([CE]) == store.lock([renamed])
+    with killed(10):  # of the 12 of an epoch: what is there is not overwritten by a training from the start
+        run(CE, store, options=replace(OPTIONS, checkpoint_every=0))
+    assert store.under_way() == [path]
+    assert torch.load(path, weights_only=True)["epoch"] == 1
+    assert run(CE, store, options=OPTIONS)[0].metrics == full.get(CE).metrics
+    assert store.under_way() == []
+
+
 def test_stage1_is_trained_once_and_stage2_runs_share_a_pass(tmp_path, calls):
     store = Store(tmp_path)
     records = run([config("crt", epochs=1), config("lws", epochs=1)], store, options=OPTIONS)
@@ -120,7 +137,7 @@ def test_stage1_comes_before_what_builds_on_it():
 def test_what_another_process_trains_is_waited_for(full, tmp_path, calls, capfd):
     """It holds the lock, and leaves its runs behind as it lets go."""
     store = Store(tmp_path)
-    lock = FileLock(store.checkpoint([CE]).with_suffix(".lock"))
+    lock = FileLock(store.lock([CE]))
     Path(lock.lock_file).parent.mkdir()
     with ThreadPoolExecutor() as pool:
         with lock:
@@ -148,7 +165,7 @@ def test_nothing_more_is_begun_after_the_deadline(tmp_path):
 
 def test_waiting_for_another_process_ends_at_the_deadline(tmp_path):
     store = Store(tmp_path)
-    path = store.checkpoint([CE]).with_suffix(".lock")
+    path = store.lock([CE])
     path.parent.mkdir()
     with FileLock(path), pytest.raises(OutOfTime, match="another process still trains ce-s0"):
         run(CE, store, options=replace(OPTIONS, deadline=time.monotonic() + 0.1))
@@ -156,7 +173,7 @@ def test_waiting_for_another_process_ends_at_the_deadline(tmp_path):
 
 def test_a_lock_that_a_killed_process_left_is_free(tmp_path, calls):
     store = Store(tmp_path)
-    path = store.checkpoint([CE]).with_suffix(".lock")
+    path = store.lock([CE])
     code = "import sys, filelock, os; filelock.FileLock(sys.argv[1]).acquire(); os.kill(os.getpid(), 9)"
     path.parent.mkdir()
     assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9

@@ -31,6 +31,11 @@ def adjust(
 
     Returns:
         One linear classifier per run; its history has one row, with the value that was given or chosen.
+
+    Raises:
+        MislasError: a rule that makes no linear classifier of Stage-1's shape, or looks at held-out images where there
+            are none; or a network without batch norm that should be shifted.
+        OutOfTime: the options' deadline is here, during the shift.
     """
     started, first, device = time.monotonic(), configs[0], options.torch_device()
     network, classifier = stage1

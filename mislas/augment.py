@@ -79,7 +79,13 @@ class Images:
 
 
 def mixup(images: Tensor, lam: float | Tensor, partner: Tensor) -> Tensor:
-    """``lam * x_i + (1 - lam) * x_partner(i)`` (Zhang et al., 2018); the loss is mixed with the same weights."""
+    """``lam * x_i + (1 - lam) * x_partner(i)`` (Zhang et al., 2018); the loss is mixed with the same weights.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        lam: weight of the image itself, 0..1.
+        partner: whom each image is mixed with, ``(B,)``.
+    """
     return torch.lerp(images[partner], images, lam)
 
 
@@ -102,7 +108,7 @@ def cutmix(images: Tensor, lam: float, partner: Tensor, centre: tuple[float, flo
         for c, size in zip(centre, (height, width), strict=True)
     )
     mixed = images.clone(memory_format=torch.preserve_format)
-    mixed[:, :, rows, columns] = images[partner][:, :, rows, columns]
+    mixed[:, :, rows, columns] = images[:, :, rows, columns][partner]
     return mixed, 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)
 
 

@@ -70,10 +70,10 @@ def draw_batches(
     padding: int,
     flip: bool,
     device: torch.device,
-    sampler: str | None = None,
+    sampler: str,
 ) -> Iterator[tuple[tuple[Tensor, ...], float, Tensor | None]]:
     """One epoch: for each batch ((index, top, left, flip), lambda, partner), drawn on the host and moved in one go."""
-    index = draw(sampler or stage.sampler, rng, targets)
+    index = draw(sampler, rng, targets)
     n = len(index)
     top, left = rng.integers(2 * padding + 1, size=(2, n))
     mirrored = rng.integers(2, size=n).astype(bool) if flip else np.zeros(n, bool)

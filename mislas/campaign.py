@@ -7,9 +7,8 @@ what a slice has made, finished or under way, is packed into one archive and mer
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -19,7 +18,7 @@ from .data import LISTS, dataset_name, smallest_class, spec_of, training_images
 from .errors import MislasError
 from .methods import METHODS, configure, settings_of
 from .models import RESNETS
-from .runs import Store, plan, run
+from .runs import Store, plan
 from .study import (
     AVERAGED,
     BRIEF,
@@ -34,7 +33,6 @@ from .study import (
     authors_variants,
     balanced,
 )
-from .train import Options, OutOfTime
 
 TABLE_3 = ("ce", "mixup", "mislas", "crt+mixup", "lws+mixup", "crt", "lws", "lws+mixup+shift", "lws+las")
 
@@ -144,7 +142,11 @@ def _large(dataset: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def parse_budget(text: str) -> float:
-    """``"90s"``, ``"9m"``, ``"1.5h"`` to seconds."""
+    """``"90s"``, ``"9m"``, ``"1.5h"`` to seconds.
+
+    Raises:
+        MislasError: anything else, or no time at all.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if not match or float(match[1]) == 0:
         raise MislasError(f"a budget is a number above 0 and a unit, such as 90s, 9m or 1.5h, got {text!r}")
@@ -228,23 +230,3 @@ def images_per_second(store: Store) -> dict[str, Rates]:
             kinds = rates.setdefault(source["device"], {})
             kinds.setdefault(_kind(record.config), []).append(images / source["seconds"])
     return {device: {kind: median(found) for kind, found in kinds.items()} for device, kinds in rates.items()}
-
-
-def campaign(
-    configs: Sequence[RunConfig], store: Store, data_root: str | None, options: Options, budget: float | None = None
-) -> bool:
-    """Train what is missing, in order, until it is done or the budget is spent.
-
-    Args:
-        budget: seconds; training stops, checkpointed, before they are over (by the length of the epochs seen so far).
-
-    Returns:
-        Whether everything wanted is in the store.
-    """
-    if budget is not None:
-        options = replace(options, deadline=time.monotonic() + budget)
-    try:
-        run(configs, store, data_root, options)
-    except OutOfTime:
-        return False
-    return True

@@ -26,12 +26,12 @@ from .study import Asked, Study, missing_by_command
 DASH = "–"
 
 
-def percent(values: Sequence[float], digits: int = 1) -> str:
+def percent(values: Sequence[float]) -> str:
     """Fractions as percent: one value as it is, several as mean ± standard deviation (n - 1) over seeds."""
     scaled = [100 * value for value in values]
     if len(scaled) == 1:
-        return f"{scaled[0]:.{digits}f}"
-    return f"{statistics.mean(scaled):.{digits}f} ± {statistics.stdev(scaled):.{digits}f}"
+        return f"{scaled[0]:.1f}"
+    return f"{statistics.mean(scaled):.1f} ± {statistics.stdev(scaled):.1f}"
 
 
 @dataclass(repr=False)

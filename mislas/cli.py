@@ -16,7 +16,6 @@ import textwrap
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from tqdm import tqdm
 from . import __version__, cluster, distributed
 from .archive import merge, pack
 from .batches import plain_images
-from .campaign import campaign, estimate, images_per_second, jobs, parse_budget, wanted
-from .config import RunConfig, assignment, check_type, field_names, locate, takes_text, value_of
+from .campaign import estimate, images_per_second, jobs, parse_budget, wanted
+from .config import RunConfig, assignment, field_names, locate, takes, takes_text
 from .data import LISTS, SPECS, dataset_name, load
 from .errors import MislasError, RecordError
 from .evaluate import BINS, predict, summarise
@@ -304,17 +303,21 @@ def _add_merge(commands: argparse._SubParsersAction, parents: list[argparse.Argu
     joining.set_defaults(call=_merge)
 
 
+#: What runs are listed by: type, placeholder, and what it is.
+FILTERS = {
+    "dataset": (str, "NAME", "a dataset"),
+    "imbalance": (float, "IF", "an imbalance factor"),
+    "method": (str, "NAME", "a method"),
+    "seed": (int, "N", "a seed"),
+}
+
+
 def _add_list_and_show(commands: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> None:
     listing = commands.add_parser("list", parents=parents, help="list finished runs, methods or datasets")
     listing.add_argument("what", nargs="?", choices=("runs", "methods", "datasets"), default="runs")
-    for key, metavar in (("dataset", "NAME"), ("imbalance", "IF"), ("method", "NAME"), ("seed", "N")):
+    for key, (kind, metavar, said) in FILTERS.items():
         listing.add_argument(
-            f"--{key}",
-            type={"imbalance": float, "seed": int}.get(key, str),
-            nargs="+",
-            default=[],
-            metavar=metavar,
-            help=f"only runs of such a {key}" if key != "imbalance" else "only runs of such an imbalance factor",
+            f"--{key}", type=kind, nargs="+", default=[], metavar=metavar, help=f"only runs of such {said}"
         )
     listing.add_argument("--csv", action="store_true", help="every measure of every run, as comma-separated values")
     listing.set_defaults(call=_list)
@@ -368,7 +371,11 @@ def _store(arguments: argparse.Namespace, read: bool = False) -> Store:
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     """``["epochs=20", "form=linear"]`` to ``{"epochs": 20, "form": "linear"}``; values are JSON, Python's words for
-    true, false and null, or text."""
+    true, false and null, or text.
+
+    Raises:
+        MislasError: no ``=``, an unknown field, or one that says which runs are meant.
+    """
     overrides = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -399,9 +406,7 @@ def _configs(arguments: argparse.Namespace) -> list[RunConfig]:
                 raise
             raise MislasError(f"{method}: {error}") from error
     for key, value in overrides.items():
-        where, field = locate(key)
-        there = [config for config in configs if where != "stage2" or config.stage2]
-        if all(value_of(config, key) != check_type(key, value, where, field) for config in there):
+        if not any(takes(config, key, value) for config in configs if config.stage2 or locate(key)[0] != "stage2"):
             warnings.warn(f"--set {assignment(key, value)} changes nothing in any of these runs", stacklevel=2)
     return configs
 
@@ -409,13 +414,13 @@ def _configs(arguments: argparse.Namespace) -> list[RunConfig]:
 def _options(arguments: argparse.Namespace) -> Options:
     names = ("device", "compile", "eval_every", "workers", "together")  # a campaign has no eval_every
     how = {name: getattr(arguments, name) for name in names if name in arguments}
+    if getattr(arguments, "budget", None) is not None:  # a submission has none
+        how["deadline"] = time.monotonic() + parse_budget(arguments.budget)
     return Options(progress=not arguments.quiet, **how)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     configs, options, store = _configs(arguments), _options(arguments), _store(arguments)
-    if arguments.budget:
-        options = replace(options, deadline=time.monotonic() + parse_budget(arguments.budget))
     try:
         _print_runs(run(configs, store, arguments.data_root, options, arguments.download))
     except OutOfTime as error:
@@ -472,7 +477,6 @@ def _print_ended(planned: Sequence[cluster.ClusterJob], ended: Iterable[tuple]) 
 
 def _campaign(arguments: argparse.Namespace) -> None:
     store, overrides, options = _store(arguments), parse_overrides(arguments.set), _options(arguments)
-    budget = parse_budget(arguments.budget) if arguments.budget else None
     configs = wanted(arguments.dataset, arguments.imbalance, arguments.seed, overrides)
     planned, rates = jobs(configs, store), images_per_second(store)
     here = rates.get(device_name(options.torch_device()), {})
@@ -494,9 +498,10 @@ def _campaign(arguments: argparse.Namespace) -> None:
         pack(configs, store, Path(arguments.pack))
     with cluster.stoppable():
         try:
-            done = campaign(configs, store, arguments.data_root, options, budget)
-            more = "" if done else "; out of time, the same command goes on"
-            print(f"{_stored(configs, store)}{more}")
+            run(configs, store, arguments.data_root, options)
+            print(_stored(configs, store))
+        except OutOfTime as error:
+            print(f"{error}; {_stored(configs, store)}, the same command goes on")
         finally:  # what was made until then is packed, too, if a run diverges or somebody stops it
             if packs:
                 print(f"{pack(configs, store, Path(arguments.pack))} files packed into {arguments.pack}")
@@ -508,7 +513,11 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def find_run(store: Store, prefix: str) -> Record:
-    """The one run whose identity begins with ``prefix``."""
+    """The one run whose identity begins with ``prefix``.
+
+    Raises:
+        MislasError: none does, or several do.
+    """
     known = {record.config.id: record for record in store}
     found = [identity for identity in known if identity.startswith(prefix)]
     if len(found) == 1:
@@ -572,8 +581,7 @@ def _print_runs(records: Sequence[Record]) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    only = {key: getattr(arguments, key) for key in ("dataset", "imbalance", "method", "seed")}
-    only = {key: values for key, values in only.items() if values}
+    only = {key: values for key in FILTERS if (values := getattr(arguments, key))}
     options = [*["csv"] * arguments.csv, *only]
     if options and arguments.what != "runs":
         raise MislasError(f"--{options[0]} is of runs, not of {arguments.what}")

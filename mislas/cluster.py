@@ -366,12 +366,12 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _end_of(path: Path, length: int = 2000) -> str:
-    """The last characters of a file, which may not be there yet."""
+def _end_of(path: Path) -> str:
+    """The last 2,000 bytes of a file, which may not be there yet."""
     if not path.exists():
         return ""
     with path.open("rb") as handle:
-        handle.seek(max(0, path.stat().st_size - length))
+        handle.seek(max(0, path.stat().st_size - 2000))
         return handle.read().decode(errors="replace")
 
 

@@ -369,10 +369,16 @@ class RunConfig:
         return f"{self.stage1_only.id}:{kind}," + ",".join(str(getattr(self.stage2, key)) for key in keys)
 
     def to_json(self) -> dict[str, Any]:
+        """The canonical form and the method's name, as a record keeps it; :meth:`from_json` reads it."""
         return {"method": self.method, **self.canonical()}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> RunConfig:
+        """The run that :meth:`to_json` has written.
+
+        Raises:
+            MislasError, TypeError, KeyError: values or fields that a run cannot have.
+        """
         stored = dict(stored)
         stored["stage1"] = Stage1(**stored["stage1"])
         if stored.get("stage2") is not None:
@@ -417,7 +423,11 @@ def field_names() -> list[str]:
 
 
 def locate(key: str) -> tuple[str | None, str]:
-    """Which part of a configuration a key names: (None, field) or (stage, field)."""
+    """Which part of a configuration a key names: (None, field) or (stage, field).
+
+    Raises:
+        MislasError: no field is called so.
+    """
     if key in _TOP:
         return None, key
     stage, _, field = key.rpartition(".")
@@ -432,6 +442,11 @@ def value_of(config: RunConfig, key: str) -> Any:
     where, field = locate(key)
     part = getattr(config, where) if where else config
     return None if part is None else vars(part).get(field)
+
+
+def takes(config: RunConfig, key: str, value: Any) -> bool:
+    """Whether a run has what an override would set, which a key without meaning in it does not."""
+    return value_of(config, key) == check_type(key, value, *locate(key))
 
 
 def differences(config: RunConfig, other: RunConfig) -> dict[str, Any]:
@@ -451,7 +466,11 @@ def takes_text(key: str) -> bool:
 
 
 def check_type(key: str, value: Any, where: str | None, field: str) -> Any:
-    """Return ``value`` as the field's type, or say what the field takes."""
+    """Return ``value`` as the field's type.
+
+    Raises:
+        MislasError: it is of another; the error says what the field takes.
+    """
     annotation = str(_TYPES[where][field])
     if value is None and "None" in annotation:
         return None
@@ -601,9 +620,8 @@ def _check_stage1(stage: Stage1) -> None:
             unknown(f"stage1.{key}", getattr(stage, key), SAMPLERS)
     if stage.defer is not None and not 0 < stage.defer < 1:
         raise MislasError(f"stage1.defer is a share of the epochs, between 0 and 1, got {stage.defer!r}")
-    if (stage.defer is None) != (stage.beta is None and stage.deferred_sampler is None) and (
-        stage.defer is not None or stage.deferred_sampler is not None
-    ):
+    deferred = stage.beta is not None or stage.deferred_sampler is not None
+    if (stage.defer is not None and not deferred) or (stage.defer is None and stage.deferred_sampler is not None):
         raise MislasError("stage1.defer needs beta or deferred_sampler to defer, and deferred_sampler needs defer")
     if stage.second_sampler is not None and stage.mixup is not None:
         raise MislasError("two branches mix features in place of images: stage1.mixup must be null")

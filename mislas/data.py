@@ -39,7 +39,18 @@ MANY, FEW = 100, 20  # many: more than 100 training images; few: fewer than 20; 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is fixed about a dataset before any file is read."""
+    """What is fixed about a dataset before any file is read.
+
+    Attributes:
+        title: as tables write it.
+        num_classes: number of classes, K.
+        size: side of an image, in pixels.
+        train_per_class: training images of every class before the cut.
+        mean, std: per-channel statistics of pixel values in 0..1.
+        padding: width of the border from which random crops are taken, in pixels.
+        flip: whether training mirrors half of the images left to right.
+        files: where images come from: ``"tree"`` (a folder per class), ``"torchvision"`` or ``"bundled"``.
+    """
 
     title: str
     num_classes: int
@@ -49,7 +60,7 @@ class Spec:
     std: tuple[float, float, float] = CIFAR_STD
     padding: int = 4
     flip: bool = True
-    files: str = "tree"  # where images come from: "tree", "torchvision" or "bundled"
+    files: str = "tree"
 
 
 SPECS: dict[str, Spec] = {
@@ -178,10 +189,12 @@ class LongTailed:
 
     @property
     def spec(self) -> Spec | ListSpec:
+        """What is fixed about the dataset."""
         return spec_of(self.name)
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, K."""
         return self.spec.num_classes
 
     @cached_property
@@ -191,6 +204,7 @@ class LongTailed:
 
     @cached_property
     def groups(self) -> dict[str, list[int]]:
+        """Classes of "many", "medium" and "few"; see :func:`groups`."""
         return groups(self.class_counts)
 
     def hold_out(self, share: float) -> tuple[Self, Tensor]:
@@ -503,6 +517,7 @@ def _decoded(name: str, tree: _Tree, size: int, num_classes: int) -> Splits:
 
 
 def cache_dir() -> Path:
+    """Where decoded images are kept: MISLAS_CACHE, else ``mislas`` in the user's cache folder."""
     own, base = os.environ.get("MISLAS_CACHE"), os.environ.get("XDG_CACHE_HOME")
     return Path(own).expanduser() if own else (Path(base) if base else Path.home() / ".cache") / "mislas"
 

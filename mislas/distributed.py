@@ -166,14 +166,19 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def agree(value: T | Callable[[], T]) -> T:
-    """What process 0 has; a function is called there alone. An exception there is raised everywhere."""
+    """What process 0 has; a function is called there alone.
+
+    Raises:
+        MislasError, OSError: what the function raises, in every process; after another exception the others wait until
+            the first has ended.
+    """
     if world() == 1:
         return value() if callable(value) else value
     box: list[Any] = [None, None]
     if rank() == 0:
         try:
             box[0] = value() if callable(value) else value
-        except MislasError as error:
+        except (MislasError, OSError) as error:
             box[1] = error
     dist.broadcast_object_list(box)
     if box[1] is not None:

@@ -108,7 +108,13 @@ def bin_of(confidence: np.ndarray, edges: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What is kept of a run's test predictions: enough for every diagram, small enough for git. Each ``(N,)``."""
+    """What is kept of a run's test predictions: enough for every diagram, small enough for git. Each ``(N,)``.
+
+    Attributes:
+        target, predicted: classes, int64 in 0 .. K - 1.
+        confidence: probability of the predicted class, 0..1.
+        true_probability: probability of the true class, 0..1.
+    """
 
     target: np.ndarray
     predicted: np.ndarray
@@ -117,9 +123,11 @@ class Predictions:
 
     @property
     def correct(self) -> np.ndarray:
+        """Whether each prediction is right, bool ``(N,)``."""
         return self.predicted == self.target
 
     def reliability(self, n_bins: int = BINS) -> Bins:
+        """Bins of equal width; see :func:`reliability`."""
         return reliability(self.confidence, self.correct, n_bins)
 
 

@@ -159,6 +159,10 @@ def train_few_shot(
 
     Returns:
         A cosine classifier of all classes.
+
+    Raises:
+        MislasError: fewer than two base classes.
+        OutOfTime, Diverged, RecordError: as of :func:`mislas.train.train_stage1`.
     """
     stage, device = config.stage2, options.torch_device()
     data = training_part(config, data)

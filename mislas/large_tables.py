@@ -173,7 +173,7 @@ def adds_up(study: Study, dataset: str, rows: dict[str, Sequence[float]], title:
         means = {name: float(np.dot(sizes, by_group) / sum(sizes)) for name, sizes in definitions.items()}
         agrees = [name for name, mean in means.items() if abs(mean - everything) <= 0.11]
         told = {0: "neither", len(means): "both"}.get(len(agrees), ", ".join(agrees))
-        cells[paper.TITLES_LARGE[method]] = [f"{everything:.1f}", *(f"{mean:.2f}" for mean in means.values()), told]
+        cells[METHODS[method].title] = [f"{everything:.1f}", *(f"{mean:.2f}" for mean in means.values()), told]
     columns = ["all, paper", *(f"from its groups, {name}" for name in definitions), "adds up by"]
     frame = pd.DataFrame.from_dict(cells, orient="index", columns=columns)
     sizes = "; ".join(f"{', '.join(map(str, sizes))} by the {name}" for name, sizes in definitions.items())

@@ -69,6 +69,7 @@ class ImageList:
         return len(self.paths)
 
     def file(self, i: int) -> Path:
+        """Where the i-th image lies."""
         return self.root / self.paths[i]
 
     def only(self, which: Tensor) -> ImageList:
@@ -83,6 +84,7 @@ class ImageList:
 
     @cached_property
     def groups(self) -> dict[str, list[int]]:
+        """Classes of "many", "medium" and "few"; see :func:`mislas.data.groups`."""
         return groups(self.class_counts)
 
     @cached_property
@@ -116,8 +118,8 @@ class ListDataset(LongTailed):
 
     @property
     def imbalance(self) -> float:
-        """N_max / N_min of the training list."""
-        return max(self.class_counts) / min(self.class_counts)
+        """N_max / N_min of the whole training list."""
+        return self.spec.imbalance
 
     def only(self, which: Tensor, targets: Tensor | None = None) -> ListDataset:
         """As :meth:`mislas.data.Dataset.only`."""
@@ -306,8 +308,8 @@ def explain_missing(images: ImageList, missing: Sequence[str]) -> str:
     )
 
 
-def _first(items: Sequence, count: int = 3) -> str:
-    return ", ".join(map(str, items[:count])) + (", ..." if len(items) > count else "")
+def _first(items: Sequence) -> str:
+    return ", ".join(map(str, items[:3])) + (", ..." if len(items) > 3 else "")
 
 
 # --------------------------------------------------------------------------------------------------------- decoding

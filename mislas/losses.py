@@ -30,8 +30,7 @@ def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def class_balanced_mean(values: Tensor, targets: Tensor) -> Tensor:
     """The mean over classes of each class's mean: ``values`` and ``targets`` are ``(N,)``."""
-    weights = 1 / torch.bincount(targets).to(values)[targets]
-    return (weights * values).sum() / weights.sum()
+    return mean(values, 1 / torch.bincount(targets).to(values)[targets])
 
 
 # ------------------------------------------------------------------------------------------ label-aware smoothing

@@ -130,7 +130,8 @@ class MetaEmbedding(nn.Module):
 
 
 def squared_distances(points: Tensor, centroids: Tensor) -> Tensor:
-    """Squared Euclidean distances ``(B, K)``, above 0: as a product of matrices, since K may be thousands."""
+    """Squared Euclidean distances ``(B, K)`` of points ``(B, M)`` from centroids ``(K, M)``, above 0: as a product of
+    matrices, since K may be thousands."""
     lengths = points.square().sum(dim=1, keepdim=True) + centroids.square().sum(dim=1)
     return (lengths - 2 * points @ centroids.T).clamp_min(1e-6)
 
@@ -149,6 +150,9 @@ def train_memory(
         config: its ``stage2`` is a Memory.
         stage1: the trained backbone, changed in place if it trains on, of a pretrained one its last block alone, and by
             attention; and its linear classifier.
+
+    Raises:
+        OutOfTime, Diverged, RecordError: as of :func:`mislas.train.train_stage1`.
     """
     stage, device = config.stage2, options.torch_device()
     data = training_part(config, data)

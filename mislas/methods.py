@@ -31,6 +31,11 @@ class Settings:
     """The paper's Table 5 for one dataset, with what the paper leaves to the works it follows.
 
     Attributes:
+        stage1, stage2: fields of the stages, by name.
+        delta_lr, eps_1, eps_k: of MiSLAS's Stage-2: the rate of dW as a ratio of the stage's, and label-aware
+            smoothing's factors of the largest and the smallest class.
+        mixup: alpha of Stage-1's Beta(alpha, alpha), where a method mixes.
+        backbone, precision: see :class:`mislas.config.RunConfig`.
         authors: what the authors' own configurations of MiSLAS's Stage-2 have in place of ``stage2``, ``delta_lr``,
             ``eps_1``, ``eps_k`` and shifted batch norm, by imbalance factor (None: the only one).
     """

@@ -359,17 +359,16 @@ class GeneralisedClassifier(nn.Module):
         self.register_buffer("weight", weight.clone())
         self.register_buffer("bias", bias.clone())
         self.scale = nn.Parameter(torch.ones_like(bias), requires_grad=learn_scale)
-        if delta is None:
-            self.delta = None
-        else:
-            self.delta = nn.Linear(weight.shape[1], weight.shape[0]).to(weight)
-            with torch.no_grad():
-                self.delta.weight.copy_(weight if delta == "stage1" else torch.zeros_like(weight))
-                self.delta.bias.copy_(bias if delta == "stage1" else torch.zeros_like(bias))
+        self.delta = None
+        if delta is not None:
+            self.delta = nn.Linear(weight.shape[1], weight.shape[0])  # on the CPU: a draw is the same on every device
             if delta == "fresh":
-                fresh = nn.Linear(weight.shape[1], weight.shape[0])  # drawn on the CPU: the same on every device
-                init_kaiming(fresh, generator)
-                self.delta.load_state_dict(fresh.state_dict())
+                init_kaiming(self.delta, generator)
+            else:
+                start = weight, bias
+                for own, stage1s in zip(self.delta.parameters(), start, strict=True):
+                    own.data.copy_(stage1s if delta == "stage1" else torch.zeros_like(stage1s))
+            self.delta.to(weight)
 
     def effective(self) -> tuple[Tensor, Tensor]:
         """The linear classifier that this is: weight ``(K, M)`` and bias ``(K,)``, scales included."""
@@ -448,7 +447,7 @@ class TwoBranches(nn.Module):
 
 
 def mix_branches(conventional: Tensor, rebalancing: Tensor, alpha: float) -> Tensor:
-    """``[alpha f_c, (1 - alpha) f_r]``: features side by side, weighted (Zhou et al., 2020).
+    """``[alpha f_c, (1 - alpha) f_r]``, ``(B, 2 M)``: features ``(B, M)`` side by side, weighted (Zhou et al., 2020).
 
     The classifier has weights for each half, so its logits are ``alpha W_c f_c + (1 - alpha) W_r f_r``. Testing uses
     alpha 0.5. (The authors' code doubles both features.)

@@ -81,10 +81,8 @@ class Claim:
     comparisons: list[Comparison]
 
 
-def _both(
-    title: str, new: Side, old: Side, accuracy: str | None = "more", ece: str | None = "less"
-) -> list[Comparison]:
-    expected = {"accuracy": accuracy, "ece": ece}
+def _both(title: str, new: Side, old: Side, ece: str | None = "less") -> list[Comparison]:
+    expected = {"accuracy": "more", "ece": ece}
     return [Comparison(title, measure, what, new, old) for measure, what in expected.items() if what]
 
 
@@ -187,9 +185,9 @@ MEASURES = {"accuracy": _accuracy, "over-confidence": _over_confidence, "ece": _
 
 
 @lru_cache(maxsize=1)
-def _resamples(n: int, times: int = 1000) -> np.ndarray:
+def _resamples(n: int) -> np.ndarray:
     """Shares of n images in the test set as it is (the first row), and in test sets drawn from it: rows of sum 1."""
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=times)
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=1000)
     return np.vstack([np.ones(n), drawn]) / n
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import paper
-from .config import RunConfig, assignment, check_type, locate, value_of
+from .config import RunConfig, assignment, check_type, locate, takes, value_of
 from .data import LISTS, available, dataset_name, spec_of, training_images
 from .errors import DataError, MislasError, unknown
 from .methods import AFTER_TRAINING, HOLDOUT, METHODS, configure, settings_of
@@ -446,11 +446,7 @@ class Study:
         some = next(iter(imbalances), None)
         configs = [configure(first, method, some, 0, fields) for method in methods or ("ce",)]
         if methods is not None:  # what changes nothing in any of these is an override for other rows
-            fields = {
-                key: value
-                for key, value in fields.items()
-                if any(value_of(config, key) == check_type(key, value, *locate(key)) for config in configs)
-            }
+            fields = {key: to for key, to in fields.items() if any(takes(config, key, to) for config in configs)}
         own = entries_of(configs) or any(_LIBRARY.get(method) is not METHODS[method] for method in methods or ())
         parts = [f"{'python SCRIPT.py' if own else 'mislas'} {name} --dataset {first}"]
         if imbalances:

@@ -694,7 +694,11 @@ GROUP_METRICS = {"many": "accuracy_many", "medium": "accuracy_medium", "few": "a
 
 def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMBALANCES) -> Table:
     """How far our mean accuracy is from the paper's, in percentage points, where Table 3 has both: on the exact images
-    alone, since what a lossy copy differs by is its own doing."""
+    alone, since what a lossy copy differs by is its own doing.
+
+    Raises:
+        MislasError: a dataset that Table 3 does not have.
+    """
     if dataset not in paper.TABLE3:
         unknown("dataset of Table 3", dataset, paper.TABLE3)
     rows, shown = {}, []
@@ -710,7 +714,7 @@ def distance(study: Study, dataset: str, imbalances: Sequence[float] = paper.IMB
             else:
                 cells.append(DASH)
         if set(cells) != {DASH}:
-            rows[paper.TITLES[method]] = cells
+            rows[paper.TITLES.get(method, METHODS[method].title)] = cells
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=[f"IF {imbalance:g}" for imbalance in imbalances])
     caption = (
         f"Top-1 accuracy, {paper.DATASETS[dataset]}: measured minus paper, in points; a dash where one is missing."

@@ -228,7 +228,14 @@ def train_stage1(
     the one in the file.
 
     Args:
+        evaluate: ``(network, heads)`` to a dict of measures per head, for the history, every ``eval_every`` epochs.
         experts: with distillation, the trained models of :attr:`RunConfig.experts`, in order.
+
+    Raises:
+        OutOfTime: the options' deadline is near; a checkpoint is there, if it has a place.
+        Diverged: the loss, weights or statistics are not finite.
+        RecordError: the checkpoint, or the file of weights, is damaged or of something else.
+        MislasError: what of the configuration this device, data or number of processes does not allow.
     """
     return alone(stage1_run(config, data, options, checkpoint, evaluate, weights, experts), options)
 
@@ -436,6 +443,7 @@ class CumulativeStatistics:
         self.batches = batches
 
     def update(self) -> None:
+        """Take in the batch that the network has just seen."""
         self.batches += 1
         for so_far, running in zip(self.mean, self.running, strict=True):
             running.copy_(so_far.lerp_(running, 1 / self.batches))

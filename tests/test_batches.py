@@ -21,7 +21,8 @@ def digits_config(method, **changes):
 
 
 def batches(stage=STAGE, seed=0, padding=1, flip=True):
-    return list(draw_batches(np.random.default_rng(seed), TARGETS, stage, padding, flip, torch.device("cpu")))
+    rng, device = np.random.default_rng(seed), torch.device("cpu")
+    return list(draw_batches(rng, TARGETS, stage, padding, flip, device, stage.sampler))
 
 
 def test_an_epoch_shows_every_image_once_and_ends_with_a_smaller_batch():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -109,13 +110,16 @@ def test_merge_adds_what_was_packed(store, tmp_path, capsys):
 
 def test_downloads_and_budgets_reach_those_who_heed_them(tmp_path, monkeypatch):
     seen, root = [], ["--dataset", "digits", "--results-root", str(tmp_path)]
-    monkeypatch.setattr(cli, "run", lambda *given: seen.append(given[-1]) or [])
-    monkeypatch.setattr(cli, "campaign", lambda *given: seen.append(given[-1]) or True)
+    monkeypatch.setattr(cli, "run", lambda *given: seen.append(given[3:]) or [])
     for more in ([], ["--download"]):
         assert main(["train", "--method", "ce", *root, *more]) == 0
-    for more in ([], ["--budget", "9m"]):
-        assert main(["campaign", *root, *more]) == 0
-    assert seen == [False, True, None, 540.0]
+    assert [download for _, download in seen] == [False, True]
+    for command in (["campaign"], ["train", "--method", "ce"]):
+        for more in ([], ["--budget", "9m"]):
+            assert main([*command, *root, *more]) == 0
+        (none, *_), (some, *_) = seen[-2:]
+        assert none.deadline is None
+        assert 0 <= time.monotonic() + 540 - some.deadline < 60
 
 
 def test_training_ends_within_its_budget_and_says_so(tmp_path, capsys):
@@ -310,7 +314,7 @@ def test_a_campaign_that_ends_early_packs_what_it_made(tmp_path, monkeypatch, ca
         run(configs[:1], store, options=Options(device="cpu", progress=False))
         raise MislasError("the second diverged")
 
-    monkeypatch.setattr(cli, "campaign", half)
+    monkeypatch.setattr(cli, "run", half)
     where = ["--results-root", str(tmp_path / "results"), "--pack", str(tmp_path / "new.tar")]
     quick = ["--set", "epochs=1", "--set", "stage2.epochs=1"]
     assert main(["campaign", "--dataset", "digits", "--imbalance", "10", *quick, *where]) == 2
@@ -363,7 +367,7 @@ def test_a_campaign_that_is_told_to_end_packs_what_it_made(tmp_path, monkeypatch
         run(configs[:1], store, options=Options(device="cpu", progress=False))
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(cli, "campaign", ended)
+    monkeypatch.setattr(cli, "run", ended)
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     where = ["--results-root", str(tmp_path / "results"), "--pack", str(tmp_path / "new.tar")]
     try:

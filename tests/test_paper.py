@@ -17,7 +17,7 @@ def test_table_3_has_the_headline_numbers_of_the_paper():
 
 def test_every_row_has_a_title_and_a_number_per_imbalance_factor():
     for rows in paper.TABLE3.values():
-        assert rows.keys() == paper.TITLES.keys()
+        assert rows.keys() <= METHODS.keys()
         assert all(len(numbers) == len(paper.IMBALANCES) for numbers in rows.values())
 
 
@@ -132,7 +132,7 @@ def test_mislas_is_the_best_of_every_large_benchmark():
 
 def test_every_large_row_has_a_title():
     rows = [*paper.TABLE4.values(), *paper.TABLE6.values(), paper.TABLE7, paper.TABLE8]
-    assert set().union(*rows) == set(paper.TITLES_LARGE)
+    assert set().union(*rows) <= METHODS.keys()
 
 
 @pytest.mark.parametrize(

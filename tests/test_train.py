@@ -187,7 +187,8 @@ def test_stage1_with_mixup_is_sgd_on_mixed_images_and_labels(digits, options):
     one_hot, targets, expected = torch.eye(10)[digits.train_targets], digits.train_targets.numpy(), []
     for epoch, optimizer.param_groups[0]["lr"] in enumerate((1e-3, 2e-3)):
         rng, total = host_rng(config.seed, "stage1", epoch), 0.0
-        for batch, lam, partner in draw_batches(rng, targets, config.stage1, 1, False, torch.device("cpu")):
+        drawn = draw_batches(rng, targets, config.stage1, 1, False, torch.device("cpu"), "instance_balanced")
+        for batch, lam, partner in drawn:
             x, y = images.batch(*batch), one_hot[batch[0]]
             logits = head(network(lam * x + (1 - lam) * x[partner]))
             loss = F.cross_entropy(logits, lam * y + (1 - lam) * y[partner])

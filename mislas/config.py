@@ -167,8 +167,8 @@ class Adjustment:
             chosen on the images that Stage-1 held out. Other rules have none.
         shift_epochs: epochs of class-balanced batches that first move batch norm's running statistics (section 3.3).
         shift_sampler: name in :data:`mislas.samplers.SAMPLERS`, in place of class-balanced batches.
-        shift_average: ``"cumulative"``: every batch of the shift counts alike, as in equations (5) and (6). None is
-            PyTorch's moving average, as in the authors' code, in which the last ten or twenty batches count.
+        shift_average: ``"cumulative"``: every batch of the shift counts alike. None is PyTorch's moving average, as in
+            the authors' code, in which the last ten or twenty batches count. Equations (5) and (6) are of one batch.
     """
 
     rule: str

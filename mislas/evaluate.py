@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from . import distributed
@@ -129,6 +130,31 @@ class Predictions:
     def reliability(self, n_bins: int = BINS) -> Bins:
         """Bins of equal width; see :func:`reliability`."""
         return reliability(self.confidence, self.correct, n_bins)
+
+
+def auroc(predictions: Predictions) -> float | None:
+    """How well confidence tells right from wrong: the probability that it is higher for a right prediction than for a
+    wrong one, 0..1, where equal ones count half. None if all predictions are right, or all wrong."""
+    correct = predictions.correct
+    return float(roc_auc_score(correct, predictions.confidence)) if 0 < correct.mean() < 1 else None
+
+
+def surest_accuracy(predictions: Predictions, share: float = 0.5) -> float:
+    """Accuracy over the share of the images, at least one, of which the network is surest."""
+    order = np.argsort(-predictions.confidence, kind="stable")
+    return float(predictions.correct[order[: max(1, round(share * len(order)))]].mean())
+
+
+def chance_ece(predictions: Predictions, n_bins: int = BINS) -> float:
+    r"""The ECE that chance alone leaves: its expectation for a network with these confidences ``p_i`` that is right
+    exactly as often as it says.
+
+    The sum of what is right in a bin has variance ``sum p_i (1 - p_i)``, and a normal number is away from its mean by
+    ``sqrt(2 / pi)`` standard deviations on average. (Normal is near enough from some ten predictions in a bin on.)
+    """
+    p = predictions.confidence
+    variance = np.bincount(bin_of(p, np.linspace(0, 1, n_bins + 1)), p * (1 - p), n_bins)
+    return float(np.sqrt(2 / np.pi * variance).sum() / len(p))
 
 
 def _look(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

@@ -35,6 +35,7 @@ from .cells import (
 from .config import GROUPS, RunConfig, value_of
 from .data import groups
 from .errors import MislasError, unknown
+from .evaluate import auroc, chance_ece, surest_accuracy
 from .methods import METHODS, configure
 from .runs import Record
 from .study import ALL_OF_THEIRS, REDRAWN, Asked, Rows, Study, authors_variants
@@ -520,6 +521,16 @@ BY_GROUP = {
 }
 
 
+#: Whether confidence tells right from wrong, and how much of an ECE is chance.
+RANKING = {
+    "accuracy": ("accuracy", 100, 1),
+    "surest": ("accuracy, surest half", 100, 1, surest_accuracy),
+    "auroc": ("AUROC", 100, 1, auroc),
+    "ece": ("ECE", 100, 1),
+    "chance": ("ECE by chance", 100, 1, chance_ece),
+}
+
+
 def measures(
     study: Study,
     dataset: str,
@@ -536,8 +547,8 @@ def measures(
     Args:
         methods: names; or, by the row's title, a method and what the row changes of it.
         imbalance: None is the only one of a dataset of list files, and 100 of others.
-        columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES`, :data:`BY_GROUP` or
-            :data:`HELD_OUT`. A measure of your own has a fourth part, a function of a run's
+        columns: of a record's metrics, by name: column title, factor, digits. :data:`MEASURES`, :data:`BY_GROUP`,
+            :data:`RANKING` or :data:`HELD_OUT`. A measure of your own has a fourth part, a function of a run's
             :class:`mislas.evaluate.Predictions`.
         changes: what is changed in every run.
 

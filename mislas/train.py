@@ -426,8 +426,8 @@ def train_batch_norm(network: nn.Module) -> None:
 
 
 class CumulativeStatistics:
-    """Batch norm's running statistics as their mean over all batches so far, each of which counts alike: closer to
-    equations (5) and (6) than a moving average. :meth:`update` follows each batch.
+    """Batch norm's running statistics as their mean over all batches so far, each of which counts alike, in place of a
+    moving average (equations (5) and (6) are of one batch). :meth:`update` follows each batch.
 
     Args:
         network: whose batch norm trains; its momentum is set.

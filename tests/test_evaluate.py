@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import binary_calibration_error, mul
 from mislas import evaluate
 from mislas.augment import Images
 from mislas.errors import MislasError
-from mislas.evaluate import predict, reliability, summarise
+from mislas.evaluate import Predictions, auroc, chance_ece, predict, reliability, summarise, surest_accuracy
 
 GROUPS = {"many": [0, 1], "medium": [2, 4], "few": [3]}
 SEEDS = [0, 1, 2]
@@ -217,3 +217,32 @@ def test_predict_gives_the_logits_of_every_head_in_float32_and_evaluation_mode()
     for logits, head in zip(got, heads, strict=True):
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, head(features).detach(), atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------- right from wrong
+
+
+def predictions(confidence, correct):
+    n = len(confidence)
+    return Predictions(np.zeros(n, int), 1 - np.array(correct, int), np.array(confidence), np.array(confidence))
+
+
+def test_auroc_is_the_share_of_pairs_in_which_the_right_one_is_surer():
+    """Right at 0.9 and 0.5, wrong at 0.7 and 0.5: of four pairs two are in order and one is a tie."""
+    assert auroc(predictions([0.9, 0.5, 0.7, 0.5], [1, 1, 0, 0])) == pytest.approx(2.5 / 4)
+    assert auroc(predictions([0.9, 0.5], [1, 1])) is None
+    assert auroc(predictions([0.9, 0.5], [0, 0])) is None
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 1.0), (0.75, 2 / 3), (1.0, 0.5), (0.01, 1.0)])
+def test_accuracy_of_the_surest(share, expected):
+    assert surest_accuracy(predictions([0.6, 0.9, 0.8, 0.7], [0, 1, 1, 0]), share) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("n_bins", [1, 15])
+def test_the_ece_of_chance_is_what_calibrated_networks_have_on_average(n_bins):
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.1, 1, 2000)
+    drawn = [reliability(confidence, rng.random(2000) < confidence, n_bins).ece for _ in range(2000)]
+    assert chance_ece(predictions(confidence, np.ones(2000)), n_bins) == pytest.approx(np.mean(drawn), rel=0.03)
+    assert chance_ece(predictions(np.ones(10), np.ones(10))) == 0

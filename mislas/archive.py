@@ -124,7 +124,11 @@ def _name(config: RunConfig, suffix: str) -> str:
 def _read_archive(archive: Path) -> Members:
     try:
         with tarfile.open(archive, "r:") as tar:
-            members = {member.name: tar.extractfile(member).read() if member.isfile() else b"" for member in tar}
+            members = {}
+            for member in tar:
+                if member.issparse() or member.size > archive.stat().st_size:  # it claims more than there is
+                    raise tarfile.ReadError(f"{member.name!r} is larger than the archive")
+                members[member.name] = tar.extractfile(member).read() if member.isfile() else b""
             check_end(tar)
         return members
     except (OSError, tarfile.TarError, ValueError) as error:

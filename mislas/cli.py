@@ -32,7 +32,7 @@ from .errors import MislasError, RecordError
 from .evaluate import BINS, predict, summarise
 from .lists import check, load_lists
 from .methods import METHODS, changed, configure
-from .runs import Record, Store, device_name, run
+from .runs import Record, Store, device_name, read_record, run
 from .study import WHICH
 from .train import Options, OutOfTime
 
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # of a terminal without dashes or Greek
     arguments = _parser().parse_args(argv)
-    first = os.environ.get("RANK", "0") == "0"  # of the processes that train together
+    trains = arguments.call in (_train, _campaign)
+    first = not trains or os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
     warned = set()
 
     def warn(message: Warning | str, *_) -> None:
@@ -68,9 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     warnings.showwarning = warn
     try:
-        together = contextlib.nullcontext()
-        if arguments.call in (_train, _campaign):
-            together = distributed.started(arguments.device)
+        together = distributed.started(arguments.device) if trains else contextlib.nullcontext()
         with together, contextlib.nullcontext() if first else contextlib.redirect_stdout(io.StringIO()):
             return arguments.call(arguments) or 0
     except MislasError as error:
@@ -83,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         sys.stderr.close()
-    except (OSError, torch.OutOfMemoryError) as error:  # a full disk, a folder that cannot be written, a small GPU
+    except (OSError, MemoryError, torch.OutOfMemoryError) as error:  # a full disk, a small GPU, no right to write
         reason = " ".join(str(error).split())
         print(
             f"mislas: {reason}; once that is mended, the same command goes on from what is stored or checkpointed",
@@ -93,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "home directory" not in str(error):
             raise
-        print("mislas: there is no such home folder: write the path in full, or set MISLAS_CACHE", file=sys.stderr)
+        print("mislas: there is no such home folder: write paths in full, MISLAS_CACHE too", file=sys.stderr)
         return 2
     return 0
 
@@ -495,7 +494,7 @@ def _campaign(arguments: argparse.Namespace) -> None:
         return
     packs = arguments.pack and distributed.rank() == 0
     if packs:  # what was left if the last start was killed; and better an error now than after training
-        pack(configs, store, Path(arguments.pack))
+        pack(configs, store, Path(arguments.pack).expanduser())
     with cluster.stoppable():
         try:
             run(configs, store, arguments.data_root, options)
@@ -504,12 +503,12 @@ def _campaign(arguments: argparse.Namespace) -> None:
             print(f"{error}; {_stored(configs, store)}, the same command goes on")
         finally:  # what was made until then is packed, too, if a run diverges or somebody stops it
             if packs:
-                print(f"{pack(configs, store, Path(arguments.pack))} files packed into {arguments.pack}")
+                print(f"{pack(configs, store, Path(arguments.pack).expanduser())} files packed into {arguments.pack}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
     for archive in arguments.archive:
-        _print_runs(merge(Path(archive), _store(arguments)))
+        _print_runs(merge(Path(archive).expanduser(), _store(arguments)))
 
 
 def find_run(store: Store, prefix: str) -> Record:
@@ -518,10 +517,10 @@ def find_run(store: Store, prefix: str) -> Record:
     Raises:
         MislasError: none does, or several do.
     """
-    known = {record.config.id: record for record in store}
+    known = {path.stem.rpartition("-")[2]: path for path in sorted(store.root.glob("*/*.json"))}
     found = [identity for identity in known if identity.startswith(prefix)]
     if len(found) == 1:
-        return known[found[0]]
+        return read_record(known[found[0]])
     said = f"{len(found)} runs begin with {prefix!r}" if found else f"unknown run {prefix!r}"
     near = found[:3] or difflib.get_close_matches(prefix, known, cutoff=0.8)
     hint = f" ({', '.join(near)}{', ...' * (len(found) > 3)})" if near else ""
@@ -534,6 +533,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     print(f"{record.config.method} on {record.config.data_title} seed {record.config.seed}")
     if record.config.stage2 is not None and arguments.data_root is not None:
         raise RecordError("only Stage-1 models are stored as weights; leave out --data-root to use stored predictions")
+    options = Options(arguments.device)
+    device = options.torch_device()
     bundled = record.config.dataset in ("digits", "generated")
     again = arguments.data_root is not None or (bundled and store.find(record.config, ".safetensors").exists())
     if record.config.stage2 is not None or not again:
@@ -545,8 +546,6 @@ def _eval(arguments: argparse.Namespace) -> None:
             raise RecordError(
                 f"these images differ from the run's: {data.checksum}, not {record.provenance['data_checksum']}"
             )
-        options = Options(arguments.device)
-        device = options.torch_device()
         network, head = store.get_weights(record.config, data.num_classes)
         (logits,) = predict(network.to(device), [head.to(device)], plain_images(data, options))
         metrics, predictions = summarise(logits, data.test_targets, data.groups)

@@ -113,12 +113,8 @@ class ClusterJob:
     entries: tuple[tuple[str, str, Any], ...] = ()
 
     def __call__(self) -> None:
-        import submitit
-
         for registry, name, entry in self.entries:
             REGISTRIES[registry][name] = entry
-        ignored = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")  # for this process, not for its workers
-        os.register_at_fork(after_in_child=lambda: signal.signal(ignored, signal.SIG_IGN))
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         if self.gpus is not None:
@@ -126,6 +122,8 @@ class ClusterJob:
         if self.tasks == 1:
             self._train()
             return
+        import submitit
+
         environment = submitit.helpers.TorchDistributedEnvironment()
         environment.export(set_cuda_visible_devices=False, overwrite=True)
         with distributed.started(self.options.device):

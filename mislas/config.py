@@ -451,7 +451,8 @@ def takes(config: RunConfig, key: str, value: Any) -> bool:
 
 def differences(config: RunConfig, other: RunConfig) -> dict[str, Any]:
     """What a run has otherwise than another: by key, its value."""
-    return {key: value_of(config, key) for key in field_names() if value_of(config, key) != value_of(other, key)}
+    pairs = ((key, value_of(config, key), value_of(other, key)) for key in field_names())
+    return {key: own for key, own, others in pairs if own != others}
 
 
 def assignment(key: str, value: Any) -> str:

@@ -463,7 +463,7 @@ def _torchvision(name: str, data_root: str, download: bool) -> Splits:
     except Exception as error:  # torchvision raises RuntimeError, URLError, unpickling errors, ... for the same thing
         raise DataError(
             f"cannot read {name} under {data_root} ({' '.join(str(error).split())}); put torchvision's files there, "
-            f"pass --download, or use the image tree as '{name}-jpeg'"
+            f"let 'mislas train --download' fetch them, or use the image tree as '{name}-jpeg'"
         ) from error
     return (train.data, np.array(train.targets)), (test.data, np.array(test.targets)), tuple(train.classes)
 
@@ -648,8 +648,11 @@ def decode(content: bytes, name: str) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
+def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None], flush: bool = True) -> None:
     """Call ``write`` on a temporary file beside ``path``, flush it to disk, then rename it into place.
+
+    Args:
+        flush: False leaves the flush to the system: for many small files, of which each takes a while to flush.
 
     Raises:
         OSError: it cannot be written; ``path`` is as it was, and the error names it.
@@ -659,8 +662,9 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> 
     try:
         with part.open("wb") as handle:
             write(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
+            if flush:
+                handle.flush()
+                os.fsync(handle.fileno())
         os.replace(part, path)
     except OSError as error:
         if error.filename is None:  # a full disk does not say which

@@ -58,7 +58,10 @@ def started(device: str | None = None) -> Iterator[None]:
     Args:
         device: what they will train on, as :class:`mislas.train.Options` has it; with ``"cpu"`` no GPU is taken.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdecimal():
+        raise MislasError(f"WORLD_SIZE says how many processes train together, a number, got {size!r}; unset it")
+    if int(size) == 1:
         yield
         return
     on_gpus = torch.cuda.is_available() and device != "cpu"
@@ -68,7 +71,7 @@ def started(device: str | None = None) -> Iterator[None]:
         store, which, of = next(dist.rendezvous("env://"))
     except ValueError as error:
         raise MislasError(
-            f"WORLD_SIZE says that {os.environ['WORLD_SIZE']} processes train together, but "
+            f"WORLD_SIZE says that {size} processes train together, but "
             f"{' '.join(str(error).split())}; start them by torchrun, or unset WORLD_SIZE"
         ) from None
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # addresses of processes that died may still be there

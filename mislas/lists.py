@@ -155,8 +155,8 @@ def load_lists(name: str, root: str | os.PathLike, lists: str | os.PathLike | No
     name = dataset_name(name)
     if name not in LISTS:
         unknown("dataset of list files", name, LISTS)
-    spec, root = LISTS[name], Path(root)
-    folder = root if lists is None else Path(lists)
+    spec, root = LISTS[name], Path(root).expanduser()
+    folder = root if lists is None else Path(lists).expanduser()
     files = {"train": folder / spec.train_list, "test": folder / spec.test_list}
     both = {split: read_list(file, root, spec.num_classes) for split, file in files.items()}
     for split, images in both.items():
@@ -402,9 +402,11 @@ def check(
     if root is None and name != "digits":
         raise MislasError(f"checking {name!r} needs --root, the folder with its images; 'digits' needs none")
     for option, folder in (("--root", root), ("--lists", lists)):
-        if folder is not None and not Path(folder).is_dir():
+        if folder is not None and not Path(folder).expanduser().is_dir():
             raise MislasError(f"{option} is an existing folder, got {str(folder)!r}")
-    return _check_in_memory(name, root) if name in SPECS else _check_lists(name, Path(root), lists, progress)
+    if name in SPECS:
+        return _check_in_memory(name, root)
+    return _check_lists(name, Path(root).expanduser(), lists, progress)
 
 
 def _check_in_memory(name: str, root: str | os.PathLike | None) -> Report:
@@ -458,7 +460,7 @@ def _overlap(train: ImageList, test: ImageList) -> str:
 def _check_lists(name: str, root: Path, lists: str | os.PathLike | None, progress: bool) -> Report:
     spec = LISTS[name]
     report = Report(f"{name}: {spec.title}, images under {root}", note=spec.note)
-    folder = root if lists is None else Path(lists)
+    folder = root if lists is None else Path(lists).expanduser()
     found: dict[str, ImageList] = {}
     for split, file in (("train", spec.train_list), ("test", spec.test_list)):
         try:

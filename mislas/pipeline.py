@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -242,12 +243,20 @@ class ImageBatches:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             persistent_workers=self.workers > 0,
+            worker_init_fn=_ignore_preemption,
             pin_memory=self.device.type == "cuda",
         )
         return work, loader
 
     def _normalised(self, images: Tensor) -> Tensor:
         return images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+
+
+def _ignore_preemption(_: int) -> None:
+    """In a process that decodes: a cluster's signal that the job has to stop is for the process that trains."""
+    for name in ("SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 # -------------------------------------------------------------------------------------------------------- smaller
@@ -266,14 +275,17 @@ def shrink(images: ImageList, folder: str | os.PathLike, side: int = 256, progre
         progress: whether to show a progress bar.
 
     Raises:
-        MislasError: a folder that is the list's own root, or has images of another size.
+        MislasError: a folder that is the list's own root, or has images of another size or of an unknown one.
         DataError: an image that cannot be read.
     """
-    folder, note = Path(folder), f"shorter side at most {side} pixels, JPEG quality 95\n"
+    folder, note = Path(folder).expanduser(), f"shorter side at most {side} pixels, JPEG quality 95\n"
     if folder.resolve() == images.root.resolve():
         raise MislasError(f"{folder} is where the images are; shrink them into another folder")
-    if (folder / PREPARED).exists() and (folder / PREPARED).read_text() != note:
-        raise MislasError(f"{folder} has images of another size; choose another folder, or delete it")
+    if (folder / PREPARED).exists():
+        if (folder / PREPARED).read_text() != note:
+            raise MislasError(f"{folder} has images of another size; choose another folder, or delete it")
+    elif any((folder / top).exists() for top in {path.partition("/")[0] for path in images.paths}):
+        raise MislasError(f"{folder} has images already, and no note of their size; choose another folder")
     write_atomically(folder / PREPARED, lambda handle: handle.write(note.encode()))
 
     def one(path: str) -> None:
@@ -288,10 +300,7 @@ def shrink(images: ImageList, folder: str | os.PathLike, side: int = 256, progre
             small = Image.fromarray(TF.resize(pixels, [side], antialias=True).permute(1, 2, 0).numpy())
             small.save(buffer, "JPEG", quality=95, subsampling=0)
             content = buffer.getvalue()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")  # whole or not there; not flushed one by one, that is slow
-        part.write_bytes(content)
-        part.replace(target)
+        write_atomically(target, lambda handle: handle.write(content), flush=False)
 
     for _ in in_threads(one, list(dict.fromkeys(images.paths)), "shrink", progress):
         pass

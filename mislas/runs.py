@@ -115,8 +115,8 @@ def predictions_in(arrays: dict[str, np.ndarray]) -> Predictions:
 
 def default_results_root() -> Path:
     """``results/`` of the checkout that the library runs from, else of the working directory."""
-    checkout = Path(__file__).resolve().parents[1] / "results"
-    return checkout if checkout.is_dir() else Path("results")
+    above = Path(__file__).resolve().parents[1]  # site-packages, if installed: whose results/ would be another's
+    return above / "results" if (above / "pyproject.toml").exists() else Path("results")
 
 
 class Store:
@@ -186,9 +186,9 @@ class Store:
         name = f"together-s{group[0].seed}-{group_id([config.id for config in group])}.ckpt"
         return self.path(group[0], ".ckpt").with_name(name)
 
-    def lock(self, group: Sequence[RunConfig]) -> Path:
-        """The lock of runs that train together, named by what they are: one method may go by several names."""
-        return self.path(group[0], "").with_name(f"{group_id([config.id for config in group])}.lock")
+    def lock(self, config: RunConfig) -> Path:
+        """The lock of a run, named by what it is: one method may go by several names."""
+        return self.path(config, "").with_name(f"{config.id}.lock")
 
     def under_way(self) -> list[Path]:
         """Checkpoints of runs that have not finished."""
@@ -308,7 +308,7 @@ def read_record(path: Path, text: str | None = None) -> Record:
         raise ForeignRecord(f"record {path} needs code that is not loaded: {error}") from error
     except MislasError as error:
         raise ForeignRecord(f"record {path} does not fit what is registered here: {error}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RecordError(
             f"record {path} cannot be read ({type(error).__name__}: {error}); restore it, or delete it to run again"
         ) from error
@@ -324,6 +324,8 @@ def _check_types(content: dict[str, Any]) -> None:
         raise ValueError(f"its schema is {content['schema']!r}, this version's is {SCHEMA}")
     metrics, history, source = (content[part] for part in ("metrics", "history", "provenance"))
     number = int | float
+    values = (item for row in history for item in row.items())  # there may be thousands
+    odd = [item for item in values if not isinstance(item[1], (int, float, type(None)))]
     for name, value, kind in (
         ("config.method", content["config"]["method"], str),
         *((f"metrics.{key}", metrics[key], number) for key in ("accuracy", "ece")),
@@ -333,7 +335,7 @@ def _check_types(content: dict[str, Any]) -> None:
         *(("a number of provenance.class_counts", count, int) for count in source.get("class_counts", ())),
         *(("a name of provenance.registered", name, str) for name in source.get("registered", ())),
         ("history", history, list),
-        *((f"history's {key}", value, number | None) for row in history for key, value in row.items()),
+        *((f"history's {key}", value, number | None) for key, value in odd),
     ):
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r}")
@@ -465,7 +467,7 @@ def _done(group: Sequence[RunConfig], store: Store) -> bool:
 def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Options) -> Iterator[None]:
     """Keep these runs for this process; first wait for another that trains them into the same store.
 
-    Runs that train together have a lock, which is free again when its process ends, however that ends. Processes that
+    Every run has a lock, which is free again when its process ends, however that ends. Processes that
     train one run together take none: while one of them waits, the others would give it up.
 
     Raises:
@@ -475,12 +477,13 @@ def claimed(groups: Sequence[Sequence[RunConfig]], store: Store, options: Option
     if distributed.world() > 1:
         yield
         return
-    locks = sorted((store.lock(group), store.checkpoint(group).stem) for group in groups)  # so no circle waits
+    runs = (config for group in groups for config in group)
+    locks = sorted((store.lock(config), store.path(config, "").name) for config in runs)  # so no circle waits
     acquired = []
     with contextlib.ExitStack() as held:
         for path, name in locks:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)
+            lock = FileLock(path, fallback_to_soft=False)  # a file as a mark would outlive a process that is killed
             try:
                 lock.acquire(timeout=0)
             except Timeout:

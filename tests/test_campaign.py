@@ -339,6 +339,7 @@ def measure(key, value):
         ("json", lambda data: data.replace(b'"seed": 0', b'"seed": 7'), "was changed"),
         ("json", lambda data: json.dumps(json.loads(data) | {"metrics": None}).encode(), "cannot be read"),
         ("json", lambda data: data.replace(b'"accuracy": ', b'"accurate": '), "cannot be read"),
+        ("json", lambda data: b"[" * 100_000, "cannot be read"),
         ("json", measure("accuracy", None), "cannot be read .*metrics.accuracy is None"),
         ("json", measure("ece", "0.1"), r"cannot be read .*metrics\.ece is .0\.1"),
         ("json", measure("ece", float("nan")), "its record says nan"),
@@ -360,6 +361,21 @@ def test_merge_refuses_damage_and_adds_nothing(full, tmp_path, suffix, change, m
         merge(write(tmp_path / "bad.tar", content), store)
     assert "\n" not in str(caught.value)
     assert not store.root.exists()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_merge_refuses_an_archive_that_claims_more_than_it_has(tmp_path, sparse):
+    """64 GiB in a header; sparse, that is a file of zeros of which nothing is stored."""
+    info = tarfile.TarInfo("digits-if10/ce-s0-0123456789ab.json")
+    info.size = 2**36
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    if sparse:
+        header[124:136], header[156:157], header[483:495] = b"0" * 11 + b"\0", b"S", b"%011o\0" % 2**35
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "bomb.tar").write_bytes(bytes(header) + bytes(20 * 512))
+    with pytest.raises(RecordError, match=r"cannot be read \(.*is larger than the archive"):
+        merge(tmp_path / "bomb.tar", Store(tmp_path / "store"))
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,39 @@ def test_downloads_and_budgets_reach_those_who_heed_them(tmp_path, monkeypatch):
         assert 0 <= time.monotonic() + 540 - some.deadline < 60
 
 
+def test_a_rank_without_a_world_silences_nobody(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    assert main(["list", "datasets"]) == 0
+    assert "cifar10" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "status"), [("", 0), ("all", 2)])
+def test_the_size_of_the_world_is_a_number(tmp_path, monkeypatch, capsys, size, status):
+    monkeypatch.setattr(cli, "run", lambda *_: [])
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert main(["train", "--dataset", "digits", "--method", "ce", "--results-root", str(tmp_path)]) == status
+    assert ("a number, got 'all'; unset it" in capsys.readouterr().err) == bool(status)
+
+
+def test_one_run_is_found_without_the_others_being_read(store, tmp_path, capsys):
+    (identity, *_), *_ = printed_runs(capsys, store)
+    root = shutil.copytree(store, tmp_path / "other")
+    next(path for path in root.glob("*/*.json") if identity not in path.name).write_text("damaged")
+    assert main(["show", identity[:6], "--results-root", str(root)]) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == identity
+
+
+def test_a_device_that_is_none_is_refused_even_where_none_is_used(store, capsys):
+    identity = printed_runs(capsys, store)[0][0]
+    assert main(["eval", identity, "--device", "gpu", "--results-root", store]) == 2
+
+
+def test_what_does_not_fit_into_memory_is_one_line(store, capsys):
+    identity = printed_runs(capsys, store)[0][0]
+    assert main(["eval", identity, "--bins", str(10**14), "--results-root", store]) == 2
+    assert capsys.readouterr().err.startswith("mislas: Unable to allocate")
+
+
 def test_training_ends_within_its_budget_and_says_so(tmp_path, capsys):
     command = ["train", "--dataset", "digits", "--method", "ce", "--results-root", str(tmp_path), "--device", "cpu"]
     assert main([*command, "--quiet", "--budget", "1s", "--set", "epochs=5000"]) == 0

@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import cloudpickle
 import numpy as np
 import pytest
+import submitit
 
 from mislas import cluster
 from mislas.augment import MIXES
@@ -26,8 +28,6 @@ from mislas.registries import entries_of
 from mislas.rules import RULES, Rule
 from mislas.runs import Store
 from mislas.train import Options
-
-submitit, cloudpickle = pytest.importorskip("submitit"), pytest.importorskip("cloudpickle")
 
 #: What a user's script registers. On the images of class 0, which the sampler draws alone, its losses sum up to 8.
 SCRIPT = """

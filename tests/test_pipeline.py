@@ -1,6 +1,10 @@
+import multiprocessing
 import os
+import re
 import shutil
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -303,6 +307,17 @@ def test_a_worker_that_dies_is_one_line(data, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads what Linux says of a process")
+def test_a_clusters_signals_leave_the_processes_that_decode_alone(data):
+    before = set(multiprocessing.active_children())
+    batches = ImageBatches(data.train, SPEC, 8, workers=1).epoch(np.random.default_rng(0))
+    next(batches)
+    (worker,) = {*multiprocessing.active_children()} - before
+    status = Path(f"/proc/{worker.pid}/status").read_text()
+    ignored = int(re.search(r"SigIgn:\s*(\w+)", status)[1], 16)
+    assert all(ignored >> (number - 1) & 1 for number in (signal.SIGUSR1, signal.SIGUSR2))
+
+
 # ------------------------------------------------------------------------------------------------------------- shrink
 
 
@@ -342,3 +357,7 @@ def test_shrinking_over_other_images_is_refused(data, tmp_path):
     shrink(data.test, tmp_path, 40, progress=False)
     with pytest.raises(MislasError, match="has images of another size"):
         shrink(data.test, tmp_path, 41, progress=False)
+    (tmp_path / "PREPARED.txt").unlink()
+    with pytest.raises(MislasError, match="has images already, and no note of their size; choose another folder"):
+        shrink(data.test, tmp_path, 40, progress=False)
+    assert not (tmp_path / "PREPARED.txt").exists()

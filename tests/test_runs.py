@@ -30,7 +30,7 @@ from mislas.evaluate import predict
 from mislas.losses import LOSSES, LossSpec, cross_entropy
 from mislas.methods import configure
 from mislas.models import GeneralisedClassifier, backbone
-from mislas.runs import SOURCE, Store, finish, plan, read_weights, run
+from mislas.runs import SOURCE, Store, claimed, finish, plan, read_weights, run
 from mislas.samplers import SAMPLERS
 from mislas.train import Options, OutOfTime, Trained
 
@@ -106,7 +106,7 @@ def test_a_run_goes_on_from_its_checkpoint_under_another_name(full, tmp_path, ki
     (path,) = store.under_way()
     assert path.name.startswith("plain-s0-")
     assert store.checkpoint([CE]) == path
-    assert store.lock([CE]) == store.lock([renamed])
+    assert store.lock(CE) == store.lock(renamed)
     with killed(10):  # of the 12 of an epoch: what is there is not overwritten by a training from the start
         run(CE, store, options=replace(OPTIONS, checkpoint_every=0))
     assert store.under_way() == [path]
@@ -137,7 +137,7 @@ def test_stage1_comes_before_what_builds_on_it():
 def test_what_another_process_trains_is_waited_for(full, tmp_path, calls, capfd):
     """It holds the lock, and leaves its runs behind as it lets go."""
     store = Store(tmp_path)
-    lock = FileLock(store.lock([CE]))
+    lock = FileLock(store.lock(CE))
     Path(lock.lock_file).parent.mkdir()
     with ThreadPoolExecutor() as pool:
         with lock:
@@ -154,6 +154,32 @@ def test_what_another_process_trains_is_waited_for(full, tmp_path, calls, capfd)
     assert not list(tmp_path.glob("*/*.lock"))
 
 
+def test_a_run_is_waited_for_in_whatever_company_another_process_trains_it(full, tmp_path, near):
+    """Here it is CE, which the other has locked; both groups begin with what they lock first."""
+    store, mixup = Store(tmp_path), config("mixup")
+    for mine, others in (([CE], [CE, mixup]), ([CE, mixup], [CE])):
+        with (
+            claimed([others], store, OPTIONS),
+            pytest.raises(OutOfTime, match="another process still trains ce-s0"),
+            claimed([mine], store, replace(OPTIONS, deadline=time.monotonic() + 0.1)),
+        ):
+            pass
+    with claimed([[CE]], store, OPTIONS), claimed([[mixup]], store, OPTIONS):
+        assert len(list(tmp_path.glob("*/*.lock"))) == 2
+    assert not list(tmp_path.glob("*/*.lock"))
+
+
+def test_no_mark_is_left_where_a_disk_knows_no_locks(tmp_path, monkeypatch):
+    """It would outlive a process that is killed, and nobody could train that run again."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with claimed([[CE]], Store(tmp_path), OPTIONS), claimed([[CE]], Store(tmp_path), OPTIONS):
+        pass
+
+
 def test_nothing_more_is_begun_after_the_deadline(tmp_path):
     configs = [configure("digits", method, 50, overrides=QUICK | {"epochs": 1}) for method in ("ce", "ncm")]
     with pytest.raises(OutOfTime, match="before a training"):
@@ -165,7 +191,7 @@ def test_nothing_more_is_begun_after_the_deadline(tmp_path):
 
 def test_waiting_for_another_process_ends_at_the_deadline(tmp_path):
     store = Store(tmp_path)
-    path = store.lock([CE])
+    path = store.lock(CE)
     path.parent.mkdir()
     with FileLock(path), pytest.raises(OutOfTime, match="another process still trains ce-s0"):
         run(CE, store, options=replace(OPTIONS, deadline=time.monotonic() + 0.1))
@@ -173,7 +199,7 @@ def test_waiting_for_another_process_ends_at_the_deadline(tmp_path):
 
 def test_a_lock_that_a_killed_process_left_is_free(tmp_path, calls):
     store = Store(tmp_path)
-    path = store.lock([CE])
+    path = store.lock(CE)
     code = "import sys, filelock, os; filelock.FileLock(sys.argv[1]).acquire(); os.kill(os.getpid(), 9)"
     path.parent.mkdir()
     assert subprocess.run([sys.executable, "-c", code, path], check=False).returncode == -9

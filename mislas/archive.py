@@ -31,7 +31,8 @@ def pack(configs: Iterable[RunConfig], store: Store, archive: Path) -> int:
 
     What the store had before the campaign is packed, too. So nothing has to be remembered, and what a campaign left
     when it was killed is packed when it starts again. An archive never loses a run: those that it has stay as they
-    are, of two checkpoints of the same runs it keeps the one further on, and only those of finished runs go.
+    are, of two checkpoints of the same runs it keeps the one further on, and only those of finished runs go. Processes
+    that pack at the same time need an archive each.
 
     Args:
         configs: what the campaign asks for.

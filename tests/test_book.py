@@ -201,3 +201,7 @@ def test_the_page_that_brings_images_trains_on_both_kinds(book, registries, hand
     accuracy = f"{float(table.frame.loc['CE', ('IF 50', 'measured')]) / 100:.3f}"
     assert f"from weights: accuracy {accuracy}" in capsys.readouterr().out
     assert hand_over(ending, space, ["data", "check", "textures", "--root", root]) == 0
+
+
+def test_the_citation_names_the_version():
+    assert f"\nversion: {mislas.__version__}\n" in (ROOT / "CITATION.cff").read_text()

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # of a terminal without dashes or Greek
     arguments = _parser().parse_args(argv)
     trains = arguments.call in (_train, _campaign)
-    first = not trains or os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    first = not trains or os.environ.get("WORLD_SIZE") in (None, "", "1") or os.environ.get("RANK", "0") == "0"
     warned = set()
 
     def warn(message: Warning | str, *_) -> None:

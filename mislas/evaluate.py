@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from . import distributed
@@ -135,6 +134,8 @@ class Predictions:
 def auroc(predictions: Predictions) -> float | None:
     """How well confidence tells right from wrong: the probability that it is higher for a right prediction than for a
     wrong one, 0..1, where equal ones count half. None if all predictions are right, or all wrong."""
+    from sklearn.metrics import roc_auc_score  # here: it takes a second to import, and training needs none of it
+
     correct = predictions.correct
     return float(roc_auc_score(correct, predictions.confidence)) if 0 < correct.mean() < 1 else None
 

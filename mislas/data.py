@@ -463,7 +463,7 @@ def _torchvision(name: str, data_root: str, download: bool) -> Splits:
     except Exception as error:  # torchvision raises RuntimeError, URLError, unpickling errors, ... for the same thing
         raise DataError(
             f"cannot read {name} under {data_root} ({' '.join(str(error).split())}); put torchvision's files there, "
-            f"let 'mislas train --download' fetch them, or use the image tree as '{name}-jpeg'"
+            f"fetch them by mislas train --download, or use the image tree as '{name}-jpeg'"
         ) from error
     return (train.data, np.array(train.targets)), (test.data, np.array(test.targets)), tuple(train.classes)
 
